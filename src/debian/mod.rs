@@ -1,0 +1,9 @@
+//! Debian's formats: archives, metadata, versions, and what depends on what.
+
+pub mod deb822;
+pub mod index;
+pub mod mirror;
+pub mod package;
+pub mod release;
+pub mod solve;
+pub mod version;

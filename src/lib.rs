@@ -1,0 +1,27 @@
+//! Stanchion builds immutable appliance images from layers and profiles.
+//!
+//! Data flows one way, in the order of this list; a module uses only what stands
+//! above it, or beside it in its own folder.
+
+pub mod command;
+pub mod digest;
+pub mod error;
+pub mod progress;
+
+pub mod config;
+pub mod debian;
+pub mod template;
+
+pub mod fetch;
+pub mod lock;
+pub mod store;
+
+pub mod rootfs;
+pub mod sandbox;
+pub mod tools;
+
+pub mod disk;
+pub mod output;
+pub mod pipeline;
+
+pub mod cli;

@@ -1,0 +1,3 @@
+//! Output formats, one file each, and the reader of finished images.
+
+pub mod inspect;

@@ -1,0 +1,217 @@
+//! The content-addressed cache under `$XDG_CACHE_HOME/stanchion`.
+//!
+//! ```text
+//! files/<sha256>            what was downloaded, named by its digest
+//! steps/<step>/<key>/       what a step made from the inputs behind `key`
+//! state/                    small facts that outlive one command (newest dates seen)
+//! tmp/<pid>-<n>-<what>/     work in progress; renamed into place when whole
+//! ```
+//!
+//! An entry is whole when its name exists: it is written under `tmp/`, synced and
+//! renamed. Several commands may share one store.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context, Result};
+
+use crate::digest::Digest;
+use crate::error::UserError;
+
+#[derive(Debug, Clone)]
+pub struct Store {
+    root: PathBuf,
+}
+
+/// A directory of work in progress; removed when dropped unless it was committed.
+#[derive(Debug)]
+pub struct Scratch {
+    path: PathBuf,
+    committed: bool,
+}
+
+impl Store {
+    /// `$XDG_CACHE_HOME/stanchion`, or `~/.cache/stanchion`.
+    pub fn default_root() -> Result<PathBuf> {
+        let absolute = |name: &str| {
+            std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute())
+        };
+        absolute("XDG_CACHE_HOME")
+            .or_else(|| absolute("HOME").map(|home| home.join(".cache")))
+            .map(|cache| cache.join("stanchion"))
+            .ok_or_else(|| {
+                UserError::new("there is no place for the store")
+                    .why("neither XDG_CACHE_HOME nor HOME holds an absolute path")
+                    .help("set XDG_CACHE_HOME to a directory with some gigabytes of room")
+                    .into()
+            })
+    }
+
+    /// Open the store, make its folders, and remove what dead commands left in `tmp/`.
+    pub fn open(root: &Path) -> Result<Self> {
+        for folder in ["files", "steps", "state", "tmp"] {
+            let path = root.join(folder);
+            fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
+        }
+        let root = root.canonicalize().with_context(|| format!("resolving {}", root.display()))?;
+        let store = Store { root };
+        store.sweep_tmp();
+        Ok(store)
+    }
+
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Where the file with this content is, or would be.
+    pub fn file_path(&self, digest: &Digest) -> PathBuf {
+        self.root.join("files").join(digest.to_string())
+    }
+
+    pub fn has_file(&self, digest: &Digest) -> bool {
+        self.file_path(digest).is_file()
+    }
+
+    /// Take a finished file in; the caller has checked its digest. It is renamed, so it
+    /// must be on the store's file system ([`Store::make_scratch`]).
+    pub fn insert_file(&self, file: &Path, digest: &Digest) -> Result<PathBuf> {
+        let to = self.file_path(digest);
+        File::open(file)
+            .and_then(|file| file.sync_all())
+            .and_then(|()| fs::rename(file, &to))
+            .with_context(|| format!("storing {}", to.display()))?;
+        Ok(to)
+    }
+
+    /// A small fact by its name (letters, digits, `-`, `_`, `.`).
+    pub fn state_path(&self, name: &str) -> PathBuf {
+        self.root.join("state").join(name)
+    }
+
+    /// The directory that `step` made for `key`, when it is there.
+    pub fn find_entry(&self, step: &str, key: &Digest) -> Option<PathBuf> {
+        let path = self.entry_path(step, key);
+        path.is_dir().then_some(path)
+    }
+
+    /// Move a finished scratch directory into its place. Another command may have been
+    /// first: its entry, equal by construction, stays.
+    pub fn commit_entry(&self, step: &str, key: &Digest, mut scratch: Scratch) -> Result<PathBuf> {
+        let to = self.entry_path(step, key);
+        let parent = to.parent().expect("an entry lies in its step's folder");
+        fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
+        match fs::rename(&scratch.path, &to) {
+            Ok(()) => scratch.committed = true,
+            Err(_) if to.is_dir() => {}
+            Err(error) => {
+                return Err(error).with_context(|| format!("storing {}", to.display()));
+            }
+        }
+        Ok(to)
+    }
+
+    /// A new empty directory on the store's file system.
+    pub fn make_scratch(&self, what: &str) -> Result<Scratch> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let n = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = self.root.join("tmp").join(format!("{}-{n}-{what}", std::process::id()));
+        remove_tree(&path)?;
+        fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
+        Ok(Scratch { path, committed: false })
+    }
+
+    fn entry_path(&self, step: &str, key: &Digest) -> PathBuf {
+        self.root.join("steps").join(step).join(key.to_string())
+    }
+
+    fn sweep_tmp(&self) {
+        let Ok(entries) = fs::read_dir(self.root.join("tmp")) else { return };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let owner = name.to_str().and_then(|name| name.split('-').next()?.parse::<i32>().ok());
+            let alive = owner
+                .and_then(rustix::process::Pid::from_raw)
+                .is_some_and(|pid| rustix::process::test_kill_process(pid).is_ok());
+            if !alive {
+                // Another command may sweep the same directory: whoever comes late is done.
+                let _ = remove_tree(&entry.path());
+            }
+        }
+    }
+}
+
+impl Scratch {
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if !self.committed {
+            let _ = remove_tree(&self.path);
+        }
+    }
+}
+
+/// Remove a file or a directory with all that is in it; nothing there is fine.
+pub fn remove_tree(path: &Path) -> Result<()> {
+    let removed = match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(error) => Err(error),
+    };
+    match removed {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Write a whole file so that a crash leaves the old content or the new.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(format!(".{}.tmp", std::process::id()));
+    let beside = PathBuf::from(beside);
+    let write = || -> io::Result<()> {
+        fs::write(&beside, bytes)?;
+        File::open(&beside)?.sync_all()?;
+        fs::rename(&beside, path)
+    };
+    write()
+        .inspect_err(|_| drop(fs::remove_file(&beside)))
+        .with_context(|| format!("writing {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_appears_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let key = Digest::of(b"key");
+        let scratch = store.make_scratch("test").unwrap();
+        fs::write(scratch.path().join("a"), "1").unwrap();
+        assert!(store.find_entry("step", &key).is_none());
+        let entry = store.commit_entry("step", &key, scratch).unwrap();
+        assert_eq!(fs::read_to_string(entry.join("a")).unwrap(), "1");
+        assert_eq!(store.find_entry("step", &key), Some(entry));
+    }
+
+    #[test]
+    fn what_a_dead_command_left_is_swept_and_what_a_live_one_has_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let dead = dir.path().join("tmp/999999999-0-x");
+        fs::create_dir(&dead).unwrap();
+        let live = store.make_scratch("y").unwrap();
+        Store::open(dir.path()).unwrap();
+        assert!(!dead.exists());
+        assert!(live.path().exists());
+    }
+}
