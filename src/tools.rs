@@ -1,1 +1,46 @@
+//! Programs that are not crates (mkfs.erofs, veritysetup, qemu-img, QEMU), run from a
+//! tools root that is made of locked Debian packages: the host needs none of them.
 
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use crate::command::Command;
+use crate::error::UserError;
+
+/// An extracted tree of Debian packages whose programs can be run where they lie.
+#[derive(Debug, Clone)]
+pub struct Tools {
+    root: PathBuf,
+}
+
+impl Tools {
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Tools { root: root.into() }
+    }
+
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// A command that runs `program` with the tools root's own loader and libraries, so
+    /// that neither a chroot nor the host's libc is needed (`ld.so(8)`).
+    pub fn command(&self, program: &str) -> Result<Command> {
+        let path = ["usr/bin", "usr/sbin", "usr/lib/systemd"]
+            .iter()
+            .map(|folder| self.root.join(folder).join(program))
+            .find(|path| path.is_file())
+            .ok_or_else(|| {
+                UserError::new(format!("the tools root has no program `{program}`"))
+                    .in_file(&self.root)
+                    .help("remove this folder; the next build makes it anew")
+            })?;
+        Ok(Command::new(self.root.join("usr/lib64/ld-linux-x86-64.so.2"))
+            .arg("--library-path")
+            .arg(self.root.join("usr/lib/x86_64-linux-gnu"))
+            .arg("--argv0")
+            .arg(program)
+            .arg(path)
+            .env("LC_ALL", "C.UTF-8"))
+    }
+}
