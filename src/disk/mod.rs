@@ -3,5 +3,6 @@
 pub mod erofs;
 pub mod esp;
 pub mod gpt;
+pub mod initrd;
 pub mod uki;
 pub mod verity;
