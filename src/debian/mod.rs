@@ -4,6 +4,7 @@ pub mod deb822;
 pub mod index;
 pub mod mirror;
 pub mod package;
+pub mod relation;
 pub mod release;
 pub mod solve;
 pub mod version;
