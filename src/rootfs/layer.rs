@@ -1,0 +1,322 @@
+//! Build one layer's changes. This code runs inside the sandbox, over the trees of the
+//! layers below; what it changes lands in the overlay's upper side.
+//!
+//! A layer makes up to two diffs, each cached by itself: **packages** (unpack, register,
+//! configure), which is slow and seldom changes, and **files** (tree, artifacts, units,
+//! commands), which is fast and changes at every edit.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use super::accounts::{self, Account};
+use super::{dpkg, extract, seal};
+use crate::command::Failed;
+use crate::digest::Digest;
+use crate::error::UserError;
+use crate::sandbox::{Inside, Program};
+
+/// What both diffs need to know.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Common {
+    pub layer: String,
+    /// Seconds since 1970, for every file that is newer.
+    pub epoch: u64,
+    /// Globs of paths that packages do not bring (this layer's and those below).
+    pub exclude: Vec<String>,
+    /// Globs of paths that do not go into the image.
+    pub remove: Vec<String>,
+    /// Every account of this layer and those below.
+    pub accounts: Vec<Account>,
+    /// Where the layer tar goes.
+    pub tar: PathBuf,
+    /// Open a shell where a command failed.
+    pub debug_shell: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct PackagesJob {
+    pub common: Common,
+    pub debs: Vec<Deb>,
+    /// Files laid before packages are configured.
+    pub skeleton: Vec<Placed>,
+    pub stand_in: Option<StandIn>,
+    pub threads: usize,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Deb {
+    pub name: String,
+    pub path: PathBuf,
+    /// kB, from the lock.
+    pub installed_size: u64,
+}
+
+/// A package that exists only by name, for what the layer provides.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct StandIn {
+    pub name: String,
+    pub provides: Vec<String>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct FilesJob {
+    pub common: Common,
+    pub files: Vec<Placed>,
+    pub artifacts: Vec<Artifact>,
+    pub enable: Vec<String>,
+    pub disable: Vec<String>,
+    pub mask: Vec<String>,
+    pub commands: Vec<String>,
+}
+
+/// One file, link or directory of a layer's own.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Placed {
+    /// Absolute in the image.
+    pub target: PathBuf,
+    pub kind: PlacedKind,
+    /// Permission bits; no meaning for a link.
+    pub mode: u32,
+    pub owner: String,
+    pub group: String,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum PlacedKind {
+    /// Copied from this path of the host.
+    File(PathBuf),
+    Link(PathBuf),
+    Directory,
+}
+
+/// A file from outside, already in the store.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Artifact {
+    pub path: PathBuf,
+    pub target: PathBuf,
+    /// Unpack it as a tar archive, without this many leading folders.
+    pub unpack: Option<usize>,
+}
+
+/// What became of a diff.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sealed {
+    pub files: u64,
+    pub bytes: u64,
+    pub tar_digest: Digest,
+}
+
+/// dpkg asks this before it starts or stops a service: nothing runs in an image.
+const POLICY: &str = "usr/sbin/policy-rc.d";
+
+pub fn build_packages(job: &PackagesJob, inside: &mut Inside) -> Result<Sealed> {
+    let root = inside.root()?;
+    inside.say("unpacking")?;
+    let debs: Vec<extract::DebFile> = job
+        .debs
+        .iter()
+        .map(|deb| extract::DebFile {
+            name: deb.name.clone(),
+            path: deb.path.clone(),
+            limit: extract::limit_unpacked(deb.installed_size),
+        })
+        .collect();
+    let unpacked = extract::unpack_all(&debs, &root, job.threads, &job.common.exclude)?;
+    dpkg::register(&root, &unpacked)?;
+    if let Some(stand_in) = &job.stand_in {
+        dpkg::register_stand_in(&root, &stand_in.name, &stand_in.provides)?;
+    }
+    place_files(&root, &job.skeleton)?;
+    accounts::add(&root, &job.common.accounts)?;
+
+    write_policy(&root)?;
+    let configured = configure(job, inside, &root, &unpacked);
+    if configured.is_err() && job.common.debug_shell {
+        inside.open_shell()?;
+    }
+    configured?;
+    remove_file(&root.join(POLICY))?;
+    seal::seal(&job.common, inside, "packages")
+}
+
+fn configure(
+    job: &PackagesJob,
+    inside: &mut Inside,
+    root: &Path,
+    unpacked: &[extract::Unpacked],
+) -> Result<()> {
+    if unpacked.is_empty() {
+        return Ok(());
+    }
+    let diversions = read_diversions(root)?;
+    for (package, script) in dpkg::list_preinsts(root, unpacked) {
+        inside.say(&format!("preparing {package}"))?;
+        let program = Program::new(script)
+            .arg("install")
+            .env("DPKG_MAINTSCRIPT_NAME", "preinst")
+            .env("DPKG_MAINTSCRIPT_PACKAGE", &package)
+            .env("DPKG_MAINTSCRIPT_ARCH", "amd64")
+            .env("DPKG_ROOT", "")
+            .env("DPKG_ADMINDIR", "/var/lib/dpkg");
+        inside.watch_and_say(&program).map_err(|error| {
+            explain_failure(job, error, &format!("the preinst of package `{package}`"))
+        })?;
+    }
+    if read_diversions(root)? != diversions {
+        return Err(UserError::new(format!(
+            "a package of layer `{}` diverts files of another before it is unpacked",
+            job.common.layer
+        ))
+        .why("packages are unpacked in parallel, before any of their scripts runs")
+        .help("leave the package out, or move what it needs into the layer's tree")
+        .into());
+    }
+    inside.say("configuring")?;
+    let program = Program::new("dpkg").args(["--configure", "--pending", "--force-confold", "--force-unsafe-io"]);
+    inside
+        .watch_and_say(&program)
+        .map_err(|error| explain_failure(job, error, "`dpkg --configure`"))?;
+    let audit = inside.run(&Program::new("dpkg").arg("--audit"))?;
+    let audit = String::from_utf8_lossy(&audit.stdout);
+    if !audit.trim().is_empty() {
+        anyhow::bail!("dpkg finds packages that are not whole:\n{}", audit.trim());
+    }
+    Ok(())
+}
+
+fn read_diversions(root: &Path) -> Result<Vec<u8>> {
+    match fs::read(root.join("var/lib/dpkg/diversions")) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        other => other.context("reading dpkg's diversions"),
+    }
+}
+
+fn write_policy(root: &Path) -> Result<()> {
+    let path = root.join(POLICY);
+    fs::write(&path, "#!/bin/sh\nexit 101\n")
+        .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o755)))
+        .context("forbidding services to start")
+}
+
+fn remove_file(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn explain_failure(job: &PackagesJob, error: anyhow::Error, what: &str) -> anyhow::Error {
+    describe_failure(&job.common, error, &format!("{what} failed in layer `{}`", job.common.layer))
+}
+
+fn describe_failure(common: &Common, error: anyhow::Error, what: &str) -> anyhow::Error {
+    match error.downcast_ref::<Failed>() {
+        Some(failed) if !common.debug_shell => UserError::new(what)
+            .why(failed.to_string())
+            .help("`stanchion build --debug-shell PROFILE` opens a shell in that state")
+            .into(),
+        Some(failed) => UserError::new(what).why(failed.to_string()).into(),
+        None => error.context(what.to_string()),
+    }
+}
+
+pub fn build_files(job: &FilesJob, inside: &mut Inside) -> Result<Sealed> {
+    let root = inside.root()?;
+    let layer = &job.common.layer;
+    for artifact in &job.artifacts {
+        inside.say("unpacking artifacts")?;
+        place_artifact(&root, artifact)
+            .with_context(|| format!("placing {} of layer `{layer}`", artifact.target.display()))?;
+    }
+    place_files(&root, &job.files)?;
+
+    // Masks win: a unit that is both enabled by its package and masked here stays off.
+    for (verb, units) in [("enable", &job.enable), ("disable", &job.disable), ("mask", &job.mask)] {
+        if units.is_empty() {
+            continue;
+        }
+        inside.say(verb)?;
+        let program = Program::new("systemctl").args(["--quiet", "--no-reload", verb]).args(units.clone());
+        inside.run(&program).map_err(|error| {
+            describe_failure(&job.common, error, &format!("`systemctl {verb}` failed in layer `{layer}`"))
+        })?;
+    }
+    for command in &job.commands {
+        inside.say(command)?;
+        let program = Program::new("/bin/sh").args(["-e", "-c", command]);
+        let ran = inside.watch_and_say(&program);
+        if ran.is_err() && job.common.debug_shell {
+            inside.open_shell()?;
+        }
+        ran.map_err(|error| {
+            describe_failure(&job.common, error, &format!("a command failed in layer `{layer}`: {command}"))
+        })?;
+    }
+    seal::seal(&job.common, inside, "files")
+}
+
+/// Lay files down. They are the image's own, so they replace what packages brought; links
+/// of the tree (`/lib`) are followed, and never lead out of it, since the tree was made by
+/// code that keeps them inside.
+fn place_files(root: &Path, files: &[Placed]) -> Result<()> {
+    for file in files {
+        place_file(root, file)
+            .with_context(|| format!("placing {}", file.target.display()))?;
+    }
+    Ok(())
+}
+
+fn place_file(root: &Path, file: &Placed) -> Result<()> {
+    let folder = file.target.parent().unwrap_or(Path::new("/"));
+    let folder = extract::make_folders(root, folder)?;
+    let name = file.target.file_name().context("a file has a name")?;
+    let path = folder.join(name);
+    let there = fs::symlink_metadata(&path).ok();
+    let (uid, gid) = accounts::find_ids(root, &file.owner, &file.group)?;
+    match &file.kind {
+        PlacedKind::Directory => {
+            if !there.is_some_and(|there| there.is_dir()) {
+                fs::create_dir(&path)?;
+            }
+        }
+        PlacedKind::File(from) => {
+            if there.is_some() {
+                fs::remove_file(&path)?;
+            }
+            fs::copy(from, &path).with_context(|| format!("copying {}", from.display()))?;
+        }
+        PlacedKind::Link(to) => {
+            if there.is_some() {
+                fs::remove_file(&path)?;
+            }
+            symlink(to, &path)?;
+            return Ok(());
+        }
+    }
+    let metadata = fs::metadata(&path)?;
+    if (metadata.uid(), metadata.gid()) != (uid, gid) {
+        chown(&path, Some(uid), Some(gid))?;
+    }
+    // After the owner: a change of owner drops setuid and setgid.
+    Ok(fs::set_permissions(&path, fs::Permissions::from_mode(file.mode))?)
+}
+
+fn place_artifact(root: &Path, artifact: &Artifact) -> Result<()> {
+    let Some(strip) = artifact.unpack else {
+        let placed = Placed {
+            target: artifact.target.clone(),
+            kind: PlacedKind::File(artifact.path.clone()),
+            mode: 0o644,
+            owner: "root".into(),
+            group: "root".into(),
+        };
+        return place_file(root, &placed);
+    };
+    extract::unpack_archive(&artifact.path, root, &artifact.target, strip)
+}
