@@ -6,6 +6,8 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
 /// A mistake that the user can mend. Displayed on several lines:
 ///
 /// ```text
@@ -14,7 +16,7 @@ use std::path::PathBuf;
 ///   why: a layer has no such key
 ///   help: did you mean `packages`?
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UserError {
     what: String,
     at: Option<(PathBuf, Option<usize>)>,
@@ -48,6 +50,19 @@ impl UserError {
     pub fn help(mut self, help: impl Into<String>) -> Self {
         self.help = Some(help.into());
         self
+    }
+
+    /// What and why, on one line, without the help.
+    pub fn summary(&self) -> String {
+        match &self.why {
+            Some(why) => format!("{}: {why}", self.what),
+            None => self.what.clone(),
+        }
+    }
+
+    /// What to do next, where it is known.
+    pub fn advice(&self) -> Option<&str> {
+        self.help.as_deref()
     }
 }
 
