@@ -1,0 +1,203 @@
+//! The order of choices that apt-get has (`pkgDepCache::MarkInstall` in its
+//! depcache.cc): depth first; what is there already satisfies; else the first
+//! alternative that can be installed; no choice is taken back later.
+
+use std::collections::{HashMap, HashSet};
+
+use anyhow::Result;
+
+use super::problem::{Group, Problem};
+use super::universe::Id;
+
+/// Deeper chains of dependencies are left to the search, which does not recurse.
+const MAX_DEPTH: usize = 500;
+
+/// The packages to add, or `None` where a choice would have to be taken back.
+pub fn choose(problem: &mut Problem<'_>) -> Result<Option<Vec<Id>>> {
+    let mut greedy = Greedy {
+        chosen: HashMap::new(),
+        order: Vec::new(),
+        excluded: HashMap::new(),
+        settled: HashSet::new(),
+        forbidden: HashSet::new(),
+        dead: HashSet::new(),
+        is_too_deep: false,
+        problem,
+    };
+    for id in greedy.problem.installed() {
+        greedy.place(id)?;
+    }
+    let installed = greedy.order.len();
+    let wanted: Vec<Id> =
+        greedy.problem.wanted.iter().filter_map(|want| want.choices.first().copied()).collect();
+    for id in &wanted {
+        match greedy.find_chosen(*id) {
+            Some(chosen) if chosen != *id => return Ok(None),
+            Some(_) => {}
+            None => greedy.place(*id)?,
+        }
+        greedy.settled.insert(*id);
+    }
+    for id in &wanted {
+        if !greedy.complete(*id, 0)? {
+            return Ok(None);
+        }
+    }
+    if greedy.is_too_deep || !greedy.is_sound(installed)? {
+        return Ok(None);
+    }
+    Ok(Some(greedy.order.split_off(installed)))
+}
+
+struct Greedy<'p, 'a> {
+    problem: &'p mut Problem<'a>,
+    chosen: HashMap<&'a str, Id>,
+    /// What is chosen, in the order of choice.
+    order: Vec<Id>,
+    /// What something chosen cannot be with, and how many say so.
+    excluded: HashMap<Id, u32>,
+    /// What is wanted, and what that cannot do without.
+    settled: HashSet<Id>,
+    /// What something settled cannot be with.
+    forbidden: HashSet<Id>,
+    /// What was tried in vain.
+    dead: HashSet<Id>,
+    is_too_deep: bool,
+}
+
+impl Greedy<'_, '_> {
+    fn find_chosen(&self, id: Id) -> Option<Id> {
+        self.chosen.get(self.problem.package(id).name.as_str()).copied()
+    }
+
+    fn is_chosen(&self, id: Id) -> bool {
+        self.find_chosen(id) == Some(id)
+    }
+
+    fn is_satisfied(&self, group: &Group<'_>) -> bool {
+        group.choices().any(|id| self.is_chosen(id))
+    }
+
+    fn place(&mut self, id: Id) -> Result<()> {
+        self.chosen.insert(&self.problem.package(id).name, id);
+        self.order.push(id);
+        for exclusion in self.problem.exclusions(id)?.iter() {
+            *self.excluded.entry(exclusion.other).or_default() += 1;
+        }
+        Ok(())
+    }
+
+    fn take_back(&mut self, length: usize) -> Result<()> {
+        for id in self.order.split_off(length) {
+            self.chosen.remove(self.problem.package(id).name.as_str());
+            self.settled.remove(&id);
+            for exclusion in self.problem.exclusions(id)?.iter() {
+                if let Some(count) = self.excluded.get_mut(&exclusion.other) {
+                    *count -= 1;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn is_excluded(&mut self, id: Id) -> Result<bool> {
+        if self.excluded.get(&id).is_some_and(|count| *count > 0) {
+            return Ok(true);
+        }
+        let exclusions = self.problem.exclusions(id)?;
+        Ok(exclusions.iter().any(|exclusion| self.is_chosen(exclusion.other)))
+    }
+
+    /// Install all that a chosen package needs. Otherwise `false`, with choices left over
+    /// for the caller to take back.
+    fn complete(&mut self, id: Id, depth: usize) -> Result<bool> {
+        if self.problem.is_installed(id) {
+            return Ok(true);
+        }
+        if depth > MAX_DEPTH {
+            self.is_too_deep = true;
+            return Ok(false);
+        }
+        let is_settled = self.settled.contains(&id);
+        if is_settled {
+            for exclusion in self.problem.exclusions(id)?.iter() {
+                if self.is_chosen(exclusion.other) {
+                    return Ok(false);
+                }
+                self.forbidden.insert(exclusion.other);
+            }
+        }
+        let groups = self.problem.groups(id)?;
+        // What is satisfied before the first choice stays so.
+        let open: Vec<&Group<'_>> =
+            groups.iter().filter(|group| is_settled || !self.is_satisfied(group)).collect();
+        for group in open {
+            let mut usable = group.candidates.clone();
+            usable.retain(|id| !self.forbidden.contains(id) && !self.dead.contains(id));
+            let is_forced = is_settled && group.is_hard() && usable.len() == 1;
+            if self.is_satisfied(group) {
+                let settles =
+                    is_forced && self.is_chosen(usable[0]) && self.settled.insert(usable[0]);
+                if settles && !self.complete(usable[0], depth + 1)? {
+                    return Ok(false);
+                }
+                continue;
+            }
+            let mut is_done = false;
+            for choice in usable {
+                is_done = self.install(choice, is_forced, depth + 1)?;
+                if is_done {
+                    break;
+                }
+            }
+            if !is_done && group.is_hard() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Choose a package with all that it needs, or change nothing and return `false`.
+    fn install(&mut self, id: Id, settle: bool, depth: usize) -> Result<bool> {
+        if let Some(chosen) = self.find_chosen(id) {
+            return Ok(chosen == id);
+        }
+        if self.dead.contains(&id) {
+            return Ok(false);
+        }
+        for group in self.problem.groups(id)?.iter().filter(|group| group.is_hard()) {
+            let is_usable = |id: &Id| !self.dead.contains(id) && !self.forbidden.contains(id);
+            if !group.candidates.iter().any(is_usable) {
+                self.dead.insert(id);
+                return Ok(false);
+            }
+        }
+        if self.is_excluded(id)? {
+            return Ok(false);
+        }
+        let length = self.order.len();
+        self.place(id)?;
+        if settle {
+            self.settled.insert(id);
+        }
+        if self.complete(id, depth)? {
+            return Ok(true);
+        }
+        self.take_back(length)?;
+        self.dead.insert(id);
+        Ok(false)
+    }
+
+    /// Whether everything that was added works.
+    fn is_sound(&mut self, installed: usize) -> Result<bool> {
+        for place in installed..self.order.len() {
+            let id = self.order[place];
+            let groups = self.problem.groups(id)?;
+            let is_broken = groups.iter().any(|group| group.is_hard() && !self.is_satisfied(group));
+            if is_broken || self.is_excluded(id)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,99 @@
+//! The machine's own apt-get as an oracle: it solves against lists of packages given as
+//! text, in a directory of its own, and touches nothing of the machine.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use stanchion::command::{Command, Failed};
+
+/// An apt-get that knows only the lists it was given.
+pub struct Apt {
+    root: tempfile::TempDir,
+}
+
+/// What apt-get would install: name to version. The error is its complaint.
+pub type Answer = Result<BTreeMap<String, String>, String>;
+
+impl Apt {
+    /// From the lists of the suites (texts of `Packages` files), in their order, and the
+    /// paragraphs of what is installed (a dpkg status file; may be empty). `None`, with a
+    /// line that says so, where there is no apt-get.
+    pub fn new(lists: &[&str], status: &str) -> Option<Self> {
+        if Command::new("apt-get").arg("--version").run().is_err() {
+            eprintln!("skipped: this machine has no apt-get to compare with");
+            return None;
+        }
+        let root = tempfile::tempdir().unwrap();
+        let make = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        let mut sources = String::new();
+        for (i, list) in lists.iter().enumerate() {
+            make(&format!("lists/{i}/Packages"), list);
+            let path = root.path().join(format!("lists/{i}"));
+            sources += &format!("deb [trusted=yes] copy:{} ./\n", path.display());
+        }
+        make("etc/apt/sources.list", &sources);
+        make("etc/apt/preferences", "");
+        make("var/lib/dpkg/status", status);
+        for path in ["var/lib/apt/lists/partial", "var/cache/apt/archives/partial", "etc/apt/apt.conf.d"]
+        {
+            fs::create_dir_all(root.path().join(path)).unwrap();
+        }
+        make("apt.conf", &configure(root.path()));
+        let apt = Apt { root };
+        apt.command().arg("update").run().unwrap();
+        Some(apt)
+    }
+
+    /// What `apt-get install` of these names would add.
+    pub fn solve(&self, wanted: &[String], recommends: bool) -> Answer {
+        let recommends = format!("APT::Install-Recommends={recommends}");
+        let command = self.command().args(["-s", "-o", &recommends, "install"]).args(wanted);
+        let output = match command.run() {
+            Ok(output) => output,
+            Err(error) => match error.downcast::<Failed>() {
+                Ok(failed) => return Err(failed.tail),
+                Err(error) => panic!("{error:#}"),
+            },
+        };
+        // `Inst name (version source [architecture])`
+        let text = String::from_utf8(output.stdout).unwrap();
+        let lines = text.lines().filter_map(|line| line.strip_prefix("Inst "));
+        Ok(lines
+            .map(|line| {
+                let (name, rest) = line.split_once(" (").unwrap();
+                let version = rest.split(' ').next().unwrap();
+                (name.to_string(), version.to_string())
+            })
+            .collect())
+    }
+
+    fn command(&self) -> Command {
+        Command::new("apt-get").env("APT_CONFIG", self.root.path().join("apt.conf"))
+    }
+}
+
+fn configure(root: &Path) -> String {
+    let root = root.display();
+    format!(
+        r#"
+Dir "{root}";
+Dir::Etc "etc/apt";
+Dir::State "var/lib/apt";
+Dir::State::status "{root}/var/lib/dpkg/status";
+Dir::Cache "var/cache/apt";
+Dir::Log "{root}/log";
+APT::Architecture "amd64";
+APT::Architectures "amd64";
+APT::Sandbox::User "root";
+APT::Install-Suggests "false";
+APT::Solver "internal";
+Acquire::Languages "none";
+pkgCacheGen::ForceEssential ",";
+"#
+    )
+}
