@@ -7,6 +7,7 @@ use anyhow::Result;
 
 use crate::command::Command;
 use crate::error::UserError;
+use crate::lock::SetRequest;
 
 /// An extracted tree of Debian packages whose programs can be run where they lie.
 #[derive(Debug, Clone)]
@@ -43,4 +44,41 @@ impl Tools {
             .arg(path)
             .env("LC_ALL", "C.UTF-8"))
     }
+}
+
+/// Sets of tools, each made into a root of its own when it is needed.
+pub mod set {
+    /// What every build needs.
+    pub const BUILD: &str = "tools:build";
+    /// What booting an image on this machine needs.
+    pub const BOOT: &str = "tools:boot";
+    /// Independent readers of what we write, for tests.
+    pub const CHECK: &str = "tools:check";
+}
+
+/// What the lock must hold for the tools.
+pub fn list_requests() -> Vec<SetRequest> {
+    let sets: [(&str, &[&str]); 3] = [
+        (set::BUILD, &["erofs-utils", "kmod", "qemu-utils", "systemd-boot-efi"]),
+        (set::BOOT, &["ovmf", "qemu-system-x86"]),
+        (
+            set::CHECK,
+            &["apt", "cpio", "cryptsetup-bin", "dosfstools", "fdisk", "gpgv", "mtools", "systemd-ukify"],
+        ),
+    ];
+    sets.iter()
+        .map(|(name, wanted)| SetRequest {
+            name: name.to_string(),
+            parent: None,
+            wanted: wanted.iter().map(|name| name.to_string()).collect(),
+            provides: Vec::new(),
+            recommends: false,
+            essential: false,
+        })
+        .collect()
+}
+
+/// Whether a build can do without the set.
+pub fn is_optional(set: &str) -> bool {
+    set == set::BOOT || set == set::CHECK
 }

@@ -1,1 +1,139 @@
+//! The command line: clap's types, and one function for each verb.
 
+mod build;
+mod doctor;
+mod inspect;
+mod lock;
+mod profile;
+mod store;
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::config::Project;
+use crate::error;
+use crate::progress::{Mode, Progress};
+
+/// Build immutable appliance images that form a highly available NetBox by themselves.
+#[derive(Debug, Parser)]
+#[command(name = "stanchion", version, propagate_version = true)]
+pub struct Cli {
+    /// Directory with `profiles/` and `layers/` (default: this one, or the nearest above)
+    #[arg(long, global = true, value_name = "DIR")]
+    project: Option<PathBuf>,
+    /// Show errors and warnings only
+    #[arg(long, short, global = true)]
+    quiet: bool,
+    /// Write JSON to standard output, one object a line
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Build(build::Args),
+    Lock(lock::Args),
+    Inspect(inspect::Args),
+    Profile(profile::Args),
+    Doctor(doctor::Args),
+    Store(store::Args),
+    /// Print a completion script for a shell
+    #[command(after_help = "Example: stanchion completions bash > /etc/bash_completion.d/stanchion")]
+    Completions { shell: clap_complete::Shell },
+}
+
+/// What every verb may use.
+pub struct Context {
+    project: Option<PathBuf>,
+    pub progress: Progress,
+    pub json: bool,
+}
+
+impl Context {
+    /// The project that `--project` names, or the one this directory lies in.
+    pub fn find_project(&self) -> Result<Project> {
+        match &self.project {
+            Some(path) => Project::open(path),
+            None => Project::find(Path::new(".")),
+        }
+    }
+}
+
+/// Where packages come from and go to; shared by the verbs that fetch.
+#[derive(Debug, Clone, clap::Args)]
+pub struct FetchArgs {
+    /// Debian mirror: one URL, or main and security separated by a comma
+    #[arg(long, value_name = "URL")]
+    pub mirror: Option<String>,
+    /// Use only what is in the store
+    #[arg(long)]
+    pub offline: bool,
+    /// Downloads and builds at the same time (default: twice the processors)
+    #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub jobs: Option<u16>,
+}
+
+/// Run the command line of this process.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    let mode = Mode::choose(cli.quiet, cli.json);
+    let context =
+        Context { project: cli.project, progress: Progress::new(mode), json: cli.json };
+    let done = match cli.verb {
+        Verb::Build(args) => build::run(&context, args),
+        Verb::Lock(args) => lock::run(&context, args),
+        Verb::Inspect(args) => inspect::run(&context, args),
+        Verb::Profile(args) => profile::run(&context, args),
+        Verb::Doctor(args) => doctor::run(&context, args),
+        Verb::Store(args) => store::run(&context, args),
+        Verb::Completions { shell } => {
+            print_completions(shell);
+            Ok(())
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error, cli.json);
+            ExitCode::from(error::exit_code(&error))
+        }
+    }
+}
+
+fn print_completions(shell: clap_complete::Shell) {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "stanchion", &mut script);
+    // A pager that was closed is no error of ours.
+    let _ = std::io::stdout().write_all(&script);
+}
+
+fn report(error: &anyhow::Error, json: bool) {
+    let text = describe(error);
+    if json {
+        let event = serde_json::json!({
+            "event": "error", "text": text, "exit_code": error::exit_code(error)
+        });
+        println!("{event}");
+    } else {
+        eprintln!("error: {text}");
+    }
+}
+
+/// The chain of causes; each says what was being done, the last what went wrong.
+pub fn describe(error: &anyhow::Error) -> String {
+    let mut causes: Vec<String> = Vec::new();
+    for cause in error.chain() {
+        let text = cause.to_string();
+        // Some libraries repeat their cause in their own text.
+        if causes.last().is_none_or(|last| !last.ends_with(&text)) {
+            causes.push(text);
+        }
+    }
+    causes.join(":\n  ")
+}

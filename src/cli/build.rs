@@ -1,0 +1,96 @@
+use std::path::PathBuf;
+
+use anyhow::{Result, anyhow};
+
+use super::{Context, FetchArgs};
+use crate::error::UserError;
+use crate::output::Format;
+use crate::pipeline;
+use crate::progress::format_bytes;
+
+/// Build images: all shipped profiles, or those that are named
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  stanchion build db                       out/db.raw, out/db.qcow2, out/db.manifest.json
+  stanchion build db --format raw          only the raw disk
+  stanchion build --locked --offline       exactly the lock, nothing from the network")]
+pub struct Args {
+    /// Names of profiles
+    #[arg(value_name = "PROFILE")]
+    profiles: Vec<String>,
+    /// Where the images go
+    #[arg(long, value_name = "DIR", default_value = "out")]
+    out: PathBuf,
+    /// Formats to write (default: those of the profile)
+    #[arg(long, value_name = "FORMAT", value_delimiter = ',')]
+    format: Vec<Format>,
+    /// Fail rather than change the lock
+    #[arg(long)]
+    locked: bool,
+    /// Open a shell in the layer where a command fails
+    #[arg(long)]
+    debug_shell: bool,
+    #[command(flatten)]
+    fetch: FetchArgs,
+}
+
+pub fn run(context: &Context, args: Args) -> Result<()> {
+    let project = context.find_project()?;
+    let names = match args.profiles.is_empty() {
+        true => project.list_profiles()?,
+        false => args.profiles,
+    };
+    let options = pipeline::BuildOptions {
+        out: args.out,
+        formats: args.format,
+        locked: args.locked,
+        debug_shell: args.debug_shell,
+        fetch: args.fetch.into(),
+    };
+    let built = pipeline::build(&project, &names, &options, &context.progress)?;
+
+    let mut failed = Vec::new();
+    for (name, result) in names.iter().zip(built) {
+        match result {
+            Ok(built) => report(context, &built),
+            Err(error) => failed.push((name, error)),
+        }
+    }
+    match (failed.len(), names.len()) {
+        (0, _) => Ok(()),
+        (1, 1) => Err(failed.remove(0).1),
+        (_, all) => {
+            let ours = failed.iter().any(|(_, error)| crate::error::exit_code(error) == 1);
+            let list: Vec<String> = failed
+                .iter()
+                .map(|(name, error)| format!("{name}: {}", super::describe(error)))
+                .collect();
+            let text = format!("{} of {all} profiles failed", failed.len());
+            if ours { Err(anyhow!("{text}\n{}", list.join("\n"))) } else {
+                Err(UserError::new(text).why(list.join("\n")).into())
+            }
+        }
+    }
+}
+
+fn report(context: &Context, built: &pipeline::Built) {
+    if context.json {
+        let mut event = serde_json::to_value(built).unwrap_or_default();
+        event["event"] = "built".into();
+        println!("{event}");
+        return;
+    }
+    for output in &built.outputs {
+        context.progress.note(&format!(
+            "{}  {} on disk, sha256 {}",
+            output.path.display(),
+            format_bytes(output.allocated),
+            output.sha256.short(),
+        ));
+    }
+    let how = if built.cached { ", nothing had changed" } else { "" };
+    context.progress.note(&format!(
+        "{} {} in {:.1} s{how}; root hash {}",
+        built.profile, built.version, built.seconds, built.root_hash
+    ));
+}

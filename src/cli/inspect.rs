@@ -1,0 +1,22 @@
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use super::Context;
+use crate::output::inspect;
+
+/// Show what an image is, from the image itself
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example: stanchion inspect out/db.raw")]
+pub struct Args {
+    image: PathBuf,
+}
+
+pub fn run(context: &Context, args: Args) -> Result<()> {
+    let report = inspect::inspect(&args.image)?;
+    match context.json {
+        true => println!("{}", serde_json::to_string(&report)?),
+        false => print!("{report}"),
+    }
+    Ok(())
+}

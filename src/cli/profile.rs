@@ -1,0 +1,39 @@
+use anyhow::{Context as _, Result};
+
+use super::Context;
+
+/// List profiles, or show one as it is resolved
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Verb {
+    /// List the profiles of the project
+    #[command(after_help = "Example: stanchion profile list")]
+    List,
+    /// Show a profile with its layers, files and variables, as a build sees it
+    #[command(after_help = "Example: stanchion profile show db")]
+    Show { name: String },
+}
+
+pub fn run(context: &Context, args: Args) -> Result<()> {
+    let project = context.find_project()?;
+    match args.verb {
+        Verb::List => {
+            for name in project.list_profiles()? {
+                println!("{name:<12} {}", project.load_profile(&name)?.description);
+            }
+        }
+        Verb::Show { name } => {
+            let profile = project.load_profile(&name)?;
+            match context.json {
+                true => println!("{}", serde_json::to_string(&profile)?),
+                false => print!("{}", toml::to_string(&profile).context("writing TOML")?),
+            }
+        }
+    }
+    Ok(())
+}

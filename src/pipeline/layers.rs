@@ -1,0 +1,382 @@
+//! Each layer's diffs: from the store, or built in the sandbox and stored.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::sets;
+use super::source::Source;
+use super::unpacked::add_packages;
+use crate::config::layer::{FileKind, Layer, TreeFile};
+use crate::config::profile::Profile;
+use crate::digest::{Digest, Hasher, Key};
+use crate::disk::{erofs, verity};
+use crate::lock::{self, Lock};
+use crate::rootfs::accounts::{Account, UserFields};
+use crate::rootfs::layer::{
+    Artifact, Common, Deb, FilesJob, PackagesJob, Placed, PlacedKind, Sealed, StandIn,
+};
+use crate::sandbox::{Sandbox, Spec};
+use crate::store::Scratch;
+use crate::template;
+use crate::tools::Tools;
+
+/// Raised when a step would make other bytes from the same inputs.
+const PACKAGES_VERSION: u32 = 1;
+const FILES_VERSION: u32 = 1;
+
+pub const PACKAGES_JOB: &str = "layer/packages";
+pub const FILES_JOB: &str = "layer/files";
+
+/// One diff in the store.
+#[derive(Debug, Clone)]
+pub struct Diff {
+    /// `postgres packages`
+    pub name: String,
+    pub layer: String,
+    pub key: Key,
+    /// Changes over the diffs below, as an overlay's upper side.
+    pub tree: PathBuf,
+    pub blob: PathBuf,
+    /// Verity leaves of the blob: 32 bytes for each 4096.
+    pub leaves: PathBuf,
+    pub facts: Facts,
+    pub cached: bool,
+}
+
+/// What the store remembers of a diff.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Facts {
+    pub sealed: Sealed,
+    pub blob_digest: Digest,
+    pub blob_bytes: u64,
+}
+
+pub struct LayerBuilder<'a> {
+    pub source: &'a Source,
+    pub lock: &'a Lock,
+    pub tools: &'a Tools,
+    pub sandbox: Sandbox,
+    pub debug_shell: bool,
+}
+
+/// What the layers up to one have in common for the next.
+#[derive(Default)]
+struct Below {
+    trees: Vec<PathBuf>,
+    key: Option<Digest>,
+    exclude: Vec<String>,
+    accounts: Vec<Account>,
+}
+
+impl LayerBuilder<'_> {
+    /// All diffs of the profile, bottom first.
+    pub fn build(&self, profile: &Profile) -> Result<Vec<Diff>> {
+        let mut diffs = Vec::new();
+        let mut below = Below::default();
+        for (index, layer) in profile.layers.iter().enumerate() {
+            below.exclude.extend(layer.exclude.iter().cloned());
+            below.accounts.extend(layer.accounts.iter().map(describe_account));
+            let set = sets::name_layer_set(profile, index);
+            let built = [
+                self.build_packages(layer, &set, &below)?,
+                self.build_files(profile, layer, &below)?,
+            ];
+            for diff in built.into_iter().flatten() {
+                below.trees.push(diff.tree.clone());
+                below.key = Some(diff.key.digest());
+                diffs.push(diff);
+            }
+        }
+        Ok(diffs)
+    }
+
+    fn build_packages(&self, layer: &Layer, set: &str, below: &Below) -> Result<Option<Diff>> {
+        let packages = self.lock.list_set(set)?;
+        if packages.is_empty() && layer.skeleton.is_empty() && layer.accounts.is_empty() {
+            return Ok(None);
+        }
+        let mut key = self.begin_key("packages", PACKAGES_VERSION, layer, below);
+        add_packages(&mut key, &packages);
+        layer.provides.iter().for_each(|name| drop(key.add("provides", name)));
+        let skeleton = self.place(&layer.skeleton, &serde_json::Value::Null, None, &mut key)?;
+
+        self.provide(layer, "packages", key, below, |scratch| {
+            let skeleton = self.place(
+                &layer.skeleton,
+                &serde_json::Value::Null,
+                Some(scratch),
+                &mut Key::default(),
+            )?;
+            let job = PackagesJob {
+                common: self.describe_common(layer, below, scratch),
+                debs: packages
+                    .iter()
+                    .map(|package| Deb {
+                        name: package.name.clone(),
+                        path: self.source.store.file_path(&package.sha256),
+                        installed_size: package.installed_size,
+                    })
+                    .collect(),
+                skeleton,
+                stand_in: (!layer.provides.is_empty()).then(|| StandIn {
+                    name: lock::name_stand_in(set),
+                    provides: layer.provides.clone(),
+                }),
+                threads: self.source.threads,
+            };
+            Ok((PACKAGES_JOB, serde_json::to_value(job)?))
+        })
+        .map(Some)
+        .inspect(|_| drop(skeleton))
+    }
+
+    fn build_files(&self, profile: &Profile, layer: &Layer, below: &Below) -> Result<Option<Diff>> {
+        let units = &layer.units;
+        let nothing = layer.files.is_empty()
+            && layer.artifacts.is_empty()
+            && layer.commands.is_empty()
+            && units.enable.is_empty()
+            && units.disable.is_empty()
+            && units.mask.is_empty();
+        if nothing {
+            return Ok(None);
+        }
+        let variables = serde_json::to_value(&profile.variables)?;
+        let mut key = self.begin_key("files", FILES_VERSION, layer, below);
+        self.place(&layer.files, &variables, None, &mut key)?;
+        for artifact in &layer.artifacts {
+            key.add(format!("artifact {}", artifact.name), artifact.sha256.as_bytes());
+            key.add("artifact path", artifact.path.as_os_str().as_encoded_bytes());
+            key.add("artifact unpack", format!("{:?}", artifact.strip()));
+        }
+        for (what, names) in
+            [("enable", &units.enable), ("disable", &units.disable), ("mask", &units.mask)]
+        {
+            names.iter().for_each(|unit| drop(key.add(format!("{what} {unit}"), "")));
+        }
+        layer.commands.iter().for_each(|command| drop(key.add("command", command)));
+
+        self.provide(layer, "files", key, below, |scratch| {
+            let job = FilesJob {
+                common: self.describe_common(layer, below, scratch),
+                files: self.place(&layer.files, &variables, Some(scratch), &mut Key::default())?,
+                artifacts: layer
+                    .artifacts
+                    .iter()
+                    .map(|artifact| Artifact {
+                        path: self.source.store.file_path(&artifact.sha256),
+                        target: artifact.path.clone(),
+                        unpack: artifact.strip(),
+                    })
+                    .collect(),
+                enable: units.enable.clone(),
+                disable: units.disable.clone(),
+                mask: units.mask.clone(),
+                commands: layer.commands.clone(),
+            };
+            Ok((FILES_JOB, serde_json::to_value(job)?))
+        })
+        .map(Some)
+    }
+
+    fn begin_key(&self, step: &str, version: u32, layer: &Layer, below: &Below) -> Key {
+        let mut key = Key::new(step, version);
+        key.add("layer", &layer.name);
+        key.add("below", below.key.map(|key| key.to_string()).unwrap_or_default());
+        key.add("epoch", self.lock.epoch.to_string());
+        key.add("tools", self.tools.root().as_os_str().as_encoded_bytes().rsplit(|b| *b == b'/').next().unwrap_or_default());
+        below.exclude.iter().for_each(|glob| drop(key.add("exclude", glob)));
+        layer.remove.iter().for_each(|remove| drop(key.add("remove", &remove.path)));
+        for account in &below.accounts {
+            key.add(format!("account {}", account.name), format!("{account:?}"));
+        }
+        key
+    }
+
+    fn describe_common(&self, layer: &Layer, below: &Below, scratch: &Path) -> Common {
+        Common {
+            layer: layer.name.clone(),
+            epoch: self.lock.epoch,
+            exclude: below.exclude.clone(),
+            remove: layer.remove.iter().map(|remove| remove.path.clone()).collect(),
+            accounts: below.accounts.clone(),
+            tar: scratch.join("layer.tar"),
+            debug_shell: self.debug_shell,
+        }
+    }
+
+    /// Describe files for the sandbox and add each to `key`. Templates are rendered; with
+    /// `scratch` the results are written there.
+    fn place(
+        &self,
+        files: &[TreeFile],
+        variables: &Value,
+        scratch: Option<&Path>,
+        key: &mut Key,
+    ) -> Result<Vec<Placed>> {
+        let mut placed = Vec::new();
+        for (number, file) in files.iter().enumerate() {
+            let name = file.target.display();
+            let kind = match &file.kind {
+                FileKind::File { source, template } => {
+                    let from = if *template {
+                        let text = fs::read_to_string(source)
+                            .with_context(|| format!("reading {}", source.display()))?;
+                        let text = template::render(&text, source, variables)?;
+                        key.add(format!("file {name}"), &text);
+                        match scratch {
+                            Some(scratch) => {
+                                let rendered = scratch.join(format!("rendered-{number}"));
+                                fs::write(&rendered, text)
+                                    .with_context(|| format!("writing {}", rendered.display()))?;
+                                rendered
+                            }
+                            None => source.clone(),
+                        }
+                    } else {
+                        key.add(format!("file {name}"), Digest::of_file(source)?.as_bytes());
+                        source.clone()
+                    };
+                    PlacedKind::File(from)
+                }
+                FileKind::Symlink(to) => {
+                    key.add(format!("link {name}"), to);
+                    PlacedKind::Link(to.into())
+                }
+                FileKind::Directory => {
+                    key.add(format!("directory {name}"), "");
+                    PlacedKind::Directory
+                }
+            };
+            key.add(
+                format!("owner and mode {name}"),
+                format!("{}:{} {:o}", file.owner, file.group, file.mode),
+            );
+            placed.push(Placed {
+                target: file.target.clone(),
+                kind,
+                mode: file.mode,
+                owner: file.owner.clone(),
+                group: file.group.clone(),
+            });
+        }
+        Ok(placed)
+    }
+
+    /// The diff of `key` from the store, or the sandbox's work on the job.
+    fn provide(
+        &self,
+        layer: &Layer,
+        what: &str,
+        key: Key,
+        below: &Below,
+        describe: impl FnOnce(&Path) -> Result<(&'static str, Value)>,
+    ) -> Result<Diff> {
+        let name = format!("{} {what}", layer.name);
+        let step = self.source.progress.begin(&name);
+        let digest = key.digest();
+        if let Some(entry) = self.source.store.find_entry("layer", &digest) {
+            let diff = open_diff(name, layer, key, &entry, true)?;
+            step.finish_cached("");
+            return Ok(diff);
+        }
+        let scratch = self.source.store.make_scratch("layer")?;
+        let done = self.work(&scratch, below, describe, &step);
+        // An ordinary user's files belong to subordinate ids: plain removal may not do.
+        if let Err(error) = done {
+            let _ = self.sandbox.remove_tree(scratch.path());
+            return Err(error);
+        }
+        let entry = self.source.store.commit_entry("layer", &digest, scratch)?;
+        let diff = open_diff(name, layer, key, &entry, false)?;
+        step.finish(format!(
+            "{} files, {}",
+            diff.facts.sealed.files,
+            crate::progress::format_bytes(diff.facts.sealed.bytes)
+        ));
+        Ok(diff)
+    }
+
+    fn work(
+        &self,
+        scratch: &Scratch,
+        below: &Below,
+        describe: impl FnOnce(&Path) -> Result<(&'static str, Value)>,
+        step: &crate::progress::Step,
+    ) -> Result<()> {
+        let folder = scratch.path();
+        let spec = Spec {
+            lower: below.trees.clone(),
+            upper: Some(folder.join("tree")),
+            work: Some(folder.join("work")),
+            merged: Some(folder.join("merged")),
+            env: [("SOURCE_DATE_EPOCH".to_string(), self.lock.epoch.to_string())].into(),
+            ..Spec::default()
+        };
+        for path in [&spec.upper, &spec.work, &spec.merged].into_iter().flatten() {
+            fs::create_dir(path).with_context(|| format!("making {}", path.display()))?;
+        }
+        let (job, input) = describe(folder)?;
+        let sealed = self.sandbox.start(&spec, job, input, &mut |line| step.update(line))?;
+        let sealed: Sealed = serde_json::from_value(sealed).context("reading the job's answer")?;
+
+        step.update("writing the blob");
+        let (tar, blob) = (folder.join("layer.tar"), folder.join("blob.erofs"));
+        erofs::make_blob(self.tools, &tar, &blob, self.lock.epoch)?;
+        fs::remove_file(&tar).context("removing the layer's tar")?;
+        let blob_bytes = fs::metadata(&blob)?.len();
+        let blob_digest = Digest::of_file(&blob)?;
+        let leaves = verity::hash_leaves(&blob, 0, blob_bytes, self.source.threads)?;
+        fs::write(folder.join("leaves"), leaves.as_flattened()).context("writing verity leaves")?;
+        let facts = Facts { sealed, blob_digest, blob_bytes };
+        fs::write(folder.join("facts.json"), serde_json::to_vec_pretty(&facts)?)
+            .context("writing the layer's facts")?;
+        for leftover in fs::read_dir(folder)? {
+            let path = leftover?.path();
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            if !["tree", "blob.erofs", "leaves", "facts.json"].contains(&name) {
+                self.sandbox.remove_tree(&path)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn open_diff(name: String, layer: &Layer, key: Key, entry: &Path, cached: bool) -> Result<Diff> {
+    let facts = entry.join("facts.json");
+    let text = fs::read(&facts).with_context(|| format!("reading {}", facts.display()))?;
+    Ok(Diff {
+        name,
+        layer: layer.name.clone(),
+        key,
+        tree: entry.join("tree"),
+        blob: entry.join("blob.erofs"),
+        leaves: entry.join("leaves"),
+        facts: serde_json::from_slice(&text)
+            .with_context(|| format!("reading {}", facts.display()))?,
+        cached,
+    })
+}
+
+fn describe_account(account: &crate::config::layer::Account) -> Account {
+    Account {
+        name: account.name.clone(),
+        id: account.id,
+        user: account
+            .user
+            .as_ref()
+            .map(|user| UserFields { home: user.home.clone(), shell: user.shell.clone() }),
+        groups: account.groups.clone(),
+    }
+}
+
+/// A digest over the keys of all diffs.
+pub fn combine_keys(diffs: &[Diff]) -> Digest {
+    let mut hasher = Hasher::new();
+    diffs.iter().for_each(|diff| hasher.update(diff.key.digest().as_bytes()));
+    hasher.finish()
+}

@@ -1,0 +1,271 @@
+//! Where packages come from: the lock, the mirror and the store together.
+
+use std::cell::OnceCell;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use super::sets;
+use crate::config::Project;
+use crate::config::profile::Profile;
+use crate::debian::index;
+use crate::debian::mirror::Mirror;
+use crate::debian::solve::Universe;
+use crate::digest::Digest;
+use crate::error::UserError;
+use crate::fetch::{Download, Fetcher, Vanished};
+use crate::lock::{self, Change, Lock, LockedPackage, LockedSuite, SetRequest, Update};
+use crate::progress::Progress;
+use crate::repository;
+use crate::store::Store;
+
+/// How to reach packages.
+#[derive(Debug, Clone, Default)]
+pub struct FetchOptions {
+    pub mirror: Option<String>,
+    pub offline: bool,
+    pub jobs: Option<u16>,
+}
+
+/// A store, and a mirror to fill it from.
+pub struct Source {
+    pub store: Store,
+    pub progress: Progress,
+    pub threads: usize,
+    fetcher: Fetcher,
+    options: FetchOptions,
+    /// Looked for only when something must be fetched.
+    mirror: OnceCell<Mirror>,
+}
+
+impl Source {
+    pub fn open(options: &FetchOptions, progress: &Progress) -> Result<Self> {
+        let threads = std::thread::available_parallelism().map_or(2, usize::from);
+        let jobs = options.jobs.map_or(2 * threads, usize::from);
+        Ok(Source {
+            store: Store::open(&Store::default_root()?)?,
+            progress: progress.clone(),
+            threads: options.jobs.map_or(threads, usize::from),
+            fetcher: Fetcher::new(jobs, options.offline)?,
+            options: options.clone(),
+            mirror: OnceCell::new(),
+        })
+    }
+
+    fn find_mirror(&self) -> Result<&Mirror> {
+        if let Some(mirror) = self.mirror.get() {
+            return Ok(mirror);
+        }
+        let mirror = Mirror::find(self.options.mirror.as_deref())?;
+        Ok(self.mirror.get_or_init(|| mirror))
+    }
+
+    /// Verified metadata of the mirror, parsed.
+    fn refresh(&self, known: Option<&Lock>) -> Result<(Universe, Vec<LockedSuite>)> {
+        if self.options.offline {
+            return Err(UserError::new("the lock does not hold what the profiles ask for")
+                .why("solving needs the mirror's package lists, and --offline forbids the network")
+                .help("run `stanchion lock` with a network first")
+                .into());
+        }
+        let not_before: BTreeMap<String, u64> = known
+            .map(|lock| lock.suites.iter().map(|suite| (suite.name.clone(), suite.date)).collect())
+            .unwrap_or_default();
+        let step = self.progress.begin("package lists");
+        let suites = repository::refresh(
+            &self.fetcher,
+            &self.store,
+            self.find_mirror()?,
+            &self.progress,
+            &not_before,
+        )?;
+        let mut packages = Vec::new();
+        for suite in &suites {
+            packages.extend(index::parse_packages(&suite.packages_text, &suite.name)?);
+        }
+        step.finish(format!("{} packages", packages.len()));
+        let locked = suites
+            .iter()
+            .map(|suite| LockedSuite {
+                name: suite.name.clone(),
+                date: suite.release.date,
+                sha256: suite.release_digest,
+            })
+            .collect();
+        Ok((Universe::new(packages), locked))
+    }
+
+    /// Solve all requests anew, keeping what `previous` has where `update` allows it.
+    fn solve(
+        &self,
+        requests: &[SetRequest],
+        previous: Option<&Lock>,
+        update: &Update,
+    ) -> Result<Lock> {
+        let (universe, suites) = self.refresh(previous)?;
+        let step = self.progress.begin("solving");
+        let lock = lock::resolve(requests, &universe, suites, previous, update)?;
+        step.finish(format!("{} packages in {} sets", lock.packages.len(), lock.sets.len()));
+        Ok(lock)
+    }
+
+    /// The packages of the named sets in the store, by digest.
+    fn fetch_packages(&self, packages: &[&LockedPackage]) -> Result<()> {
+        let missing: Vec<_> =
+            packages.iter().filter(|package| !self.store.has_file(&package.sha256)).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let mirror = match self.options.offline {
+            true => None,
+            false => Some(self.find_mirror()?),
+        };
+        let downloads: Vec<Download> = missing
+            .iter()
+            .map(|package| Download {
+                name: format!("{} {}", package.name, package.version),
+                urls: mirror
+                    .map(|mirror| mirror.locate(&package.suite, &package.path))
+                    .into_iter()
+                    .collect(),
+                digest: package.sha256,
+                size: Some(package.size),
+            })
+            .collect();
+        self.fetcher.fetch_all(&self.store, &downloads, &self.progress).map(drop)
+    }
+
+    /// Files of the layers from outside the archive.
+    pub fn fetch_artifacts(&self, artifacts: &[(String, String, Digest)]) -> Result<()> {
+        let downloads: Vec<Download> = artifacts
+            .iter()
+            .filter(|(_, _, digest)| !self.store.has_file(digest))
+            .map(|(name, url, digest)| Download {
+                name: name.clone(),
+                urls: vec![url.clone()],
+                digest: *digest,
+                size: None,
+            })
+            .collect();
+        if downloads.is_empty() {
+            return Ok(());
+        }
+        self.fetcher.fetch_all(&self.store, &downloads, &self.progress).map(drop)
+    }
+}
+
+/// Lock what the project's profiles ask for; say what changed.
+pub fn relock(project: &Project, source: &Source, update: &Update) -> Result<Vec<Change>> {
+    let path = lock_path(project);
+    let previous = Lock::load(&path)?;
+    let requests = sets::list_requests(&load_all(project)?);
+    if let Some(previous) = &previous
+        && *update == Update::Nothing
+        && previous.find_stale(&requests).is_empty()
+    {
+        return Ok(Vec::new());
+    }
+    let lock = source.solve(&requests, previous.as_ref(), update)?;
+    lock.save(&path)?;
+    Ok(previous.map(|previous| lock.compare(&previous)).unwrap_or_default())
+}
+
+/// The lock that a build of `profiles` uses, with all its packages in the store.
+pub fn prepare_lock(
+    project: &Project,
+    source: &Source,
+    profiles: &[Profile],
+    locked: bool,
+) -> Result<Lock> {
+    let path = lock_path(project);
+    let requests = sets::list_requests(profiles);
+    let lock = match Lock::load(&path)? {
+        Some(lock) if lock.find_stale(&requests).is_empty() => lock,
+        previous if locked => {
+            let why = match previous {
+                Some(lock) => format!("these changed: {}", lock.find_stale(&requests).join(", ")),
+                None => "there is none".to_string(),
+            };
+            return Err(UserError::new("the lock does not hold what the profiles ask for")
+                .in_file(path)
+                .why(why)
+                .help("run `stanchion lock`, or leave --locked out")
+                .into());
+        }
+        previous => {
+            let all = sets::list_requests(&load_all(project)?);
+            let lock = source.solve(&all, previous.as_ref(), &Update::Nothing)?;
+            announce(source, previous.as_ref(), &lock);
+            lock.save(&path)?;
+            lock
+        }
+    };
+    let gone = match fetch_sets(source, &lock, &requests) {
+        Ok(()) => return Ok(lock),
+        Err(error) => match error.downcast::<Vanished>() {
+            Ok(vanished) => vanished,
+            Err(error) => return Err(error),
+        },
+    };
+    let names: BTreeSet<String> = gone
+        .names
+        .iter()
+        .filter_map(|shown| shown.split(' ').next())
+        .map(str::to_string)
+        .collect();
+    if locked {
+        return Err(UserError::new("the mirror no longer has packages that the lock names")
+            .in_file(path)
+            .why(gone.names.join(", "))
+            .help("run `stanchion lock` to take what replaced them, or leave --locked out")
+            .into());
+    }
+    let all = sets::list_requests(&load_all(project)?);
+    let renewed = source.solve(&all, Some(&lock), &Update::Named(names))?;
+    source.progress.warn("the mirror no longer has packages that the lock names; they were replaced:");
+    for change in renewed.compare(&lock) {
+        source.progress.warn(&change.to_string());
+    }
+    renewed.save(&path)?;
+    fetch_sets(source, &renewed, &requests)?;
+    Ok(renewed)
+}
+
+fn announce(source: &Source, previous: Option<&Lock>, lock: &Lock) {
+    if let Some(previous) = previous {
+        for change in lock.compare(previous) {
+            source.progress.note(&format!("locked {change}"));
+        }
+    }
+}
+
+fn fetch_sets(source: &Source, lock: &Lock, requests: &[SetRequest]) -> Result<()> {
+    let mut packages: HashMap<Digest, &LockedPackage> = HashMap::new();
+    for request in requests.iter().filter(|request| !crate::tools::is_optional(&request.name)) {
+        for package in lock.list_set(&request.name)? {
+            packages.insert(package.sha256, package);
+        }
+    }
+    let mut packages: Vec<_> = packages.into_values().collect();
+    packages.sort_by(|a, b| a.name.cmp(&b.name));
+    source.fetch_packages(&packages)
+}
+
+/// Fetch one set and give the files of its packages, by package name.
+pub fn fetch_set(source: &Source, lock: &Lock, set: &str) -> Result<Vec<(String, PathBuf)>> {
+    let packages = lock.list_set(set)?;
+    source.fetch_packages(&packages)?;
+    Ok(packages
+        .iter()
+        .map(|package| (package.name.clone(), source.store.file_path(&package.sha256)))
+        .collect())
+}
+
+fn load_all(project: &Project) -> Result<Vec<Profile>> {
+    project.list_profiles()?.iter().map(|name| project.load_profile(name)).collect()
+}
+
+pub fn lock_path(project: &Project) -> PathBuf {
+    project.root().join(lock::FILE_NAME)
+}
