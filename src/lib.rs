@@ -16,6 +16,8 @@ pub mod fetch;
 pub mod lock;
 pub mod store;
 
+pub mod repository;
+
 pub mod rootfs;
 pub mod sandbox;
 pub mod tools;

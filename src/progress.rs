@@ -180,6 +180,11 @@ impl Bar {
         self.bar.inc(bytes);
     }
 
+    /// There turned out to be more to do.
+    pub fn lengthen(&self, bytes: u64) {
+        self.bar.inc_length(bytes);
+    }
+
     /// Back to `bytes` done, for a transfer that starts over.
     pub fn set(&self, bytes: u64) {
         self.bar.set_position(bytes);
