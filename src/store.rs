@@ -7,15 +7,19 @@
 //! tmp/<pid>-<n>-<what>/     work in progress; renamed into place when whole
 //! ```
 //!
-//! An entry is whole when its name exists: it is written under `tmp/`, synced and
-//! renamed. Several commands may share one store.
+//! An entry is whole when its name exists: it is written under `tmp/` and renamed. Several
+//! commands may share one store; each holds `lock` shared, and garbage is collected only
+//! by one that holds it alone. The time of an entry is that of its last use.
 
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::SystemTime;
 
 use anyhow::{Context, Result};
+use rustix::fs::{AtFlags, CWD, FlockOperation, Timespec, Timestamps, UTIME_NOW};
 
 use crate::digest::Digest;
 use crate::error::UserError;
@@ -23,6 +27,15 @@ use crate::error::UserError;
 #[derive(Debug, Clone)]
 pub struct Store {
     root: PathBuf,
+    /// Held shared for as long as any clone lives.
+    lock: Arc<File>,
+}
+
+/// What garbage collection removed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Freed {
+    pub entries: u64,
+    pub bytes: u64,
 }
 
 /// A directory of work in progress; removed when dropped unless it was committed.
@@ -56,7 +69,16 @@ impl Store {
             fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
         }
         let root = root.canonicalize().with_context(|| format!("resolving {}", root.display()))?;
-        let store = Store { root };
+        let path = root.join("lock");
+        let lock = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .with_context(|| format!("opening {}", path.display()))?;
+        rustix::fs::flock(&lock, FlockOperation::LockShared)
+            .with_context(|| format!("locking {}", path.display()))?;
+        let store = Store { root, lock: Arc::new(lock) };
         store.sweep_tmp();
         Ok(store)
     }
@@ -71,7 +93,12 @@ impl Store {
     }
 
     pub fn has_file(&self, digest: &Digest) -> bool {
-        self.file_path(digest).is_file()
+        let path = self.file_path(digest);
+        let found = path.is_file();
+        if found {
+            touch(&path);
+        }
+        found
     }
 
     /// Take a finished file in; the caller has checked its digest. It is renamed, so it
@@ -93,7 +120,11 @@ impl Store {
     /// The directory that `step` made for `key`, when it is there.
     pub fn find_entry(&self, step: &str, key: &Digest) -> Option<PathBuf> {
         let path = self.entry_path(step, key);
-        path.is_dir().then_some(path)
+        let found = path.is_dir();
+        if found {
+            touch(&path);
+        }
+        found.then_some(path)
     }
 
     /// Move a finished scratch directory into its place. Another command may have been
@@ -120,6 +151,47 @@ impl Store {
         remove_tree(&path)?;
         fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
         Ok(Scratch { path, committed: false })
+    }
+
+    /// Bytes that an ordinary user can still write on the store's file system.
+    pub fn measure_room(&self) -> Result<u64> {
+        measure_room(&self.root)
+    }
+
+    /// Remove what was not used for longest until at most `keep` bytes are left. `remove`
+    /// removes a tree (of subordinate owners, too).
+    ///
+    /// # Errors
+    /// A [`UserError`] while another command uses the store.
+    pub fn collect_garbage(
+        &self,
+        keep: u64,
+        remove: &dyn Fn(&Path) -> Result<()>,
+    ) -> Result<Freed> {
+        rustix::fs::flock(&*self.lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+            UserError::new("the store is in use by another command")
+                .in_file(&self.root)
+                .help("run this again when it has ended")
+        })?;
+        let mut entries = Vec::new();
+        list_entries(&self.root.join("files"), &mut entries)?;
+        list_entries(&self.root.join("partial"), &mut entries)?;
+        for step in read_folder(&self.root.join("steps"))? {
+            list_entries(&step, &mut entries)?;
+        }
+        entries.sort_by(|a, b| a.used.cmp(&b.used));
+        let mut total: u64 = entries.iter().map(|entry| entry.bytes).sum();
+        let mut freed = Freed::default();
+        for entry in entries {
+            if total <= keep {
+                break;
+            }
+            remove(&entry.path)?;
+            total -= entry.bytes;
+            freed = Freed { entries: freed.entries + 1, bytes: freed.bytes + entry.bytes };
+        }
+        rustix::fs::flock(&*self.lock, FlockOperation::LockShared).context("locking the store")?;
+        Ok(freed)
     }
 
     fn entry_path(&self, step: &str, key: &Digest) -> PathBuf {
@@ -154,6 +226,60 @@ impl Drop for Scratch {
             let _ = remove_tree(&self.path);
         }
     }
+}
+
+/// Bytes that an ordinary user can still write on the file system of `path`.
+pub fn measure_room(path: &Path) -> Result<u64> {
+    let found = rustix::fs::statvfs(path)
+        .with_context(|| format!("measuring the room at {}", path.display()))?;
+    Ok(found.f_bavail * found.f_frsize)
+}
+
+struct Entry {
+    path: PathBuf,
+    used: SystemTime,
+    bytes: u64,
+}
+
+fn list_entries(folder: &Path, entries: &mut Vec<Entry>) -> Result<()> {
+    for path in read_folder(folder)? {
+        let used = fs::symlink_metadata(&path).and_then(|metadata| metadata.modified());
+        let used = used.with_context(|| format!("reading {}", path.display()))?;
+        entries.push(Entry { bytes: measure_tree(&path), path, used });
+    }
+    Ok(())
+}
+
+fn read_folder(folder: &Path) -> Result<Vec<PathBuf>> {
+    match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        entries => entries
+            .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
+            .with_context(|| format!("listing {}", folder.display())),
+    }
+}
+
+/// Bytes that a tree takes on the disk; what cannot be read counts nothing.
+fn measure_tree(path: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(metadata) = fs::symlink_metadata(path) else { return 0 };
+    let below: u64 = match metadata.is_dir() {
+        true => fs::read_dir(path)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| measure_tree(&entry.path()))
+            .sum(),
+        false => 0,
+    };
+    metadata.blocks() * 512 + below
+}
+
+/// Note a use. A store that cannot be written to still serves.
+fn touch(path: &Path) {
+    let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+    let times = Timestamps { last_access: now, last_modification: now };
+    let _ = rustix::fs::utimensat(CWD, path, &times, AtFlags::empty());
 }
 
 /// Remove a file or a directory with all that is in it; nothing there is fine.
@@ -201,6 +327,35 @@ mod tests {
         let entry = store.commit_entry("step", &key, scratch).unwrap();
         assert_eq!(fs::read_to_string(entry.join("a")).unwrap(), "1");
         assert_eq!(store.find_entry("step", &key), Some(entry));
+    }
+
+    #[test]
+    fn garbage_is_what_was_not_used_for_longest() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let keys = ["a", "b", "c"].map(|name| Digest::of(name.as_bytes()));
+        for key in &keys {
+            let scratch = store.make_scratch("test").unwrap();
+            fs::write(scratch.path().join("bytes"), vec![1; 100_000]).unwrap();
+            store.commit_entry("step", key, scratch).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        store.find_entry("step", &keys[0]).unwrap();
+        let freed = store.collect_garbage(250_000, &|path| remove_tree(path)).unwrap();
+        assert_eq!(freed.entries, 1);
+        assert!(store.find_entry("step", &keys[1]).is_none());
+        assert!(store.find_entry("step", &keys[0]).is_some());
+    }
+
+    #[test]
+    fn garbage_is_not_collected_under_a_running_command() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let other = Store::open(dir.path()).unwrap();
+        let error = store.collect_garbage(0, &|path| remove_tree(path)).unwrap_err();
+        assert!(error.to_string().contains("in use"), "{error}");
+        drop(other);
+        store.collect_garbage(0, &|path| remove_tree(path)).unwrap();
     }
 
     #[test]

@@ -1,17 +1,11 @@
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
-use serde_json::Value;
-use stanchion::sandbox::{self, Inside};
+use stanchion::{cli, pipeline, sandbox};
 
 fn main() -> ExitCode {
     // Before anything starts a thread: a process with threads cannot enter namespaces.
-    if let Some(code) = sandbox::serve_if_asked(handle_job) {
-        return code;
+    match sandbox::serve_if_asked(pipeline::handle_job) {
+        Some(code) => code,
+        None => cli::run(),
     }
-    ExitCode::SUCCESS
-}
-
-fn handle_job(job: &str, _input: Value, _inside: &mut Inside) -> Result<Value> {
-    bail!("this program has no job named `{job}`")
 }

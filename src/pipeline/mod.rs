@@ -1,0 +1,231 @@
+//! The whole build as one list of verbs.
+
+mod image;
+mod layers;
+mod manifest;
+mod outputs;
+mod room;
+mod sets;
+mod source;
+mod unpacked;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use crate::config::Project;
+use crate::config::profile::Profile;
+use crate::digest::{Digest, Key};
+use crate::lock::{Lock, LockedPackage};
+use crate::output::Format;
+use crate::progress::Progress;
+use crate::rootfs::layer;
+use crate::sandbox::{Inside, Sandbox};
+use crate::tools;
+use image::ImageBuilder;
+use layers::{Diff, LayerBuilder};
+pub use manifest::{InnerManifest, Manifest, OutputEntry};
+pub use source::{FetchOptions, Source, lock_path, prepare_lock, relock};
+pub use unpacked::provide_tools;
+
+#[derive(Debug, Clone)]
+pub struct BuildOptions {
+    /// Folder for the images; made when it is not there.
+    pub out: PathBuf,
+    /// Empty: those of each profile.
+    pub formats: Vec<Format>,
+    pub locked: bool,
+    pub debug_shell: bool,
+    pub fetch: FetchOptions,
+}
+
+/// A finished image.
+#[derive(Debug, Serialize)]
+pub struct Built {
+    pub profile: String,
+    pub version: String,
+    pub root_hash: Digest,
+    pub outputs: Vec<Output>,
+    pub seconds: f64,
+    /// Nothing had to be done.
+    pub cached: bool,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Output {
+    pub path: PathBuf,
+    pub sha256: Digest,
+    pub bytes: u64,
+    pub allocated: u64,
+}
+
+/// Build each named profile. One that fails does not keep the others from being built:
+/// the results are in the order of the names.
+///
+/// # Errors
+/// What concerns all of them: an unknown profile, no room, a lock that cannot be made.
+pub fn build(
+    project: &Project,
+    names: &[String],
+    options: &BuildOptions,
+    progress: &Progress,
+) -> Result<Vec<Result<Built>>> {
+    let mut profiles = Vec::new();
+    let mut broken = Vec::new();
+    for name in names {
+        match project.load_profile(name) {
+            Ok(profile) => {
+                profiles.push(profile);
+                broken.push(None);
+            }
+            Err(error) if names.len() > 1 => broken.push(Some(error)),
+            Err(error) => return Err(error),
+        }
+    }
+    let source = Source::open(&options.fetch, progress)?;
+    outputs::prepare_folder(&options.out)?;
+    room::check(&source, &options.out, &profiles)?;
+    Sandbox::default().require(source.store.root())?;
+    let lock = prepare_lock(project, &source, &profiles, options.locked)?;
+    let tools = provide_tools(&source, &lock, tools::set::BUILD)?;
+    let builder = Builder { source: &source, lock: &lock, tools: &tools, options };
+
+    let mut profiles = profiles.into_iter();
+    Ok(broken
+        .into_iter()
+        .map(|error| match error {
+            Some(error) => Err(error),
+            None => {
+                let profile = profiles.next().context("a profile for each name")?;
+                builder
+                    .build(&profile)
+                    .with_context(|| format!("building profile `{}`", profile.name))
+            }
+        })
+        .collect())
+}
+
+struct Builder<'a> {
+    source: &'a Source,
+    lock: &'a Lock,
+    tools: &'a tools::Tools,
+    options: &'a BuildOptions,
+}
+
+impl Builder<'_> {
+    fn build(&self, profile: &Profile) -> Result<Built> {
+        let began = Instant::now();
+        let before = self.source.progress.step_times().len();
+        let out = &self.options.out;
+        let formats = match self.options.formats.is_empty() {
+            true => &profile.formats,
+            false => &self.options.formats,
+        };
+        self.fetch_artifacts(profile)?;
+        let diffs = LayerBuilder {
+            source: self.source,
+            lock: self.lock,
+            tools: self.tools,
+            sandbox: Sandbox::default(),
+            debug_shell: self.options.debug_shell,
+        }
+        .build(profile)?;
+        let images = ImageBuilder { source: self.source, lock: self.lock, tools: self.tools };
+        let (initrd, initrd_key) = images.build_initrd(profile, &diffs)?;
+        let key = self.combine(profile, &diffs, &initrd_key);
+
+        if let Some(manifest) = outputs::find_current(out, profile, &key, formats) {
+            return Ok(describe(&manifest, out, began, true));
+        }
+        let packages = self.list_packages(profile)?;
+        let day = image::format_day(self.lock.epoch);
+        let description = manifest::Description::new(profile, &diffs, &packages, key, &day);
+        let raw = out.join(format!("{}.raw", profile.name));
+        let disk = images.build_disk(profile, &diffs, &initrd, &description, &raw)?;
+        let written = outputs::write(self.source, self.tools, profile, formats, &raw)?;
+
+        let manifest = Manifest {
+            stanchion: env!("CARGO_PKG_VERSION").to_string(),
+            profile: profile.name.clone(),
+            version: description.version.clone(),
+            key,
+            epoch: self.lock.epoch,
+            root_hash: disk.root_hash,
+            root_bytes: disk.root_size,
+            layers: description.layers,
+            packages: description.packages,
+            artifacts: description.artifacts,
+            outputs: written,
+            steps: self.source.progress.step_times().split_off(before),
+        };
+        manifest.save(out)?;
+        Ok(describe(&manifest, out, began, false))
+    }
+
+    fn fetch_artifacts(&self, profile: &Profile) -> Result<()> {
+        let artifacts: Vec<_> = profile
+            .layers
+            .iter()
+            .flat_map(|layer| &layer.artifacts)
+            .map(|artifact| (artifact.name.clone(), artifact.url.clone(), artifact.sha256))
+            .collect();
+        self.source.fetch_artifacts(&artifacts)
+    }
+
+    /// Digest of everything that goes into the image.
+    fn combine(&self, profile: &Profile, diffs: &[Diff], initrd: &Digest) -> Digest {
+        let mut key = Key::new("image", image::IMAGE_VERSION);
+        key.add("profile", &profile.name);
+        key.add("description", &profile.description);
+        key.add("epoch", self.lock.epoch.to_string());
+        key.add("disk", format!("{:?}", profile.disk));
+        key.add("cmdline", profile.cmdline.join(" "));
+        key.add("tools", self.tools.name().as_bytes());
+        key.add("initrd", initrd.as_bytes());
+        for diff in diffs {
+            key.add(&diff.name, diff.key.digest().as_bytes());
+        }
+        key.digest()
+    }
+
+    fn list_packages(&self, profile: &Profile) -> Result<Vec<&LockedPackage>> {
+        let mut packages = Vec::new();
+        for index in 0..profile.layers.len() {
+            packages.extend(self.lock.list_set(&sets::name_layer_set(profile, index))?);
+        }
+        packages.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(packages)
+    }
+}
+
+fn describe(manifest: &Manifest, out: &Path, began: Instant, cached: bool) -> Built {
+    Built {
+        profile: manifest.profile.clone(),
+        version: manifest.version.clone(),
+        root_hash: manifest.root_hash,
+        outputs: manifest
+            .outputs
+            .iter()
+            .map(|output| Output {
+                path: out.join(&output.file),
+                sha256: output.sha256,
+                bytes: output.bytes,
+                allocated: output.allocated,
+            })
+            .collect(),
+        seconds: began.elapsed().as_secs_f64(),
+        cached,
+    }
+}
+
+/// Jobs of the builder that run inside the sandbox.
+pub fn handle_job(job: &str, input: serde_json::Value, inside: &mut Inside) -> Result<serde_json::Value> {
+    let sealed = match job {
+        layers::PACKAGES_JOB => layer::build_packages(&serde_json::from_value(input)?, inside)?,
+        layers::FILES_JOB => layer::build_files(&serde_json::from_value(input)?, inside)?,
+        _ => anyhow::bail!("this program has no job named `{job}`"),
+    };
+    Ok(serde_json::to_value(sealed)?)
+}

@@ -1,0 +1,108 @@
+//! The files that a build leaves in its output folder.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use super::manifest::{Manifest, OutputEntry};
+use super::source::Source;
+use crate::config::profile::Profile;
+use crate::digest::Digest;
+use crate::error::UserError;
+use crate::output::{Format, qcow2};
+use crate::tools::Tools;
+
+/// Make the output folder, and find out now whether it can be written to.
+pub fn prepare_folder(out: &Path) -> Result<()> {
+    let try_out = || -> std::io::Result<()> {
+        fs::create_dir_all(out)?;
+        let probe = out.join(format!(".stanchion.{}.tmp", std::process::id()));
+        fs::write(&probe, b"")?;
+        fs::remove_file(&probe)
+    };
+    try_out().map_err(|error| {
+        UserError::new("the output folder cannot be written to")
+            .in_file(out)
+            .why(error.to_string())
+            .help("name another with --out, or mend its permissions")
+            .into()
+    })
+}
+
+/// The manifest of an earlier build, when its outputs are those that `key` would give.
+pub fn find_current(
+    out: &Path,
+    profile: &Profile,
+    key: &Digest,
+    formats: &[Format],
+) -> Option<Manifest> {
+    let manifest = Manifest::load(out, &profile.name)?;
+    let has = |format: &Format| manifest.outputs.iter().any(|output| output.format == *format);
+    let whole = manifest.outputs.iter().all(|output| {
+        fs::metadata(out.join(&output.file)).is_ok_and(|metadata| {
+            metadata.len() == output.bytes && take_modified(&metadata) == output.modified
+        })
+    });
+    (manifest.key == *key && formats.iter().all(has) && whole).then_some(manifest)
+}
+
+/// Write the other formats from the raw disk, and describe them all.
+pub fn write(
+    source: &Source,
+    tools: &Tools,
+    profile: &Profile,
+    formats: &[Format],
+    raw: &Path,
+) -> Result<Vec<OutputEntry>> {
+    let step = source.progress.begin(format!("{} outputs", profile.name));
+    // Hashing the raw disk takes as long as writing the others: side by side.
+    let (raw_digest, others) = std::thread::scope(|scope| {
+        let digest = scope.spawn(|| Digest::of_file(raw));
+        let others: Result<Vec<_>> = formats
+            .iter()
+            .filter(|format| **format != Format::Raw)
+            .map(|format| {
+                let path = raw.with_extension(format.extension());
+                match format {
+                    Format::Raw => {}
+                    Format::Qcow2 => qcow2::convert(tools, raw, &path)?,
+                }
+                Ok((*format, Digest::of_file(&path)?, path))
+            })
+            .collect();
+        (digest.join().expect("hashing does not panic"), others)
+    });
+    let mut outputs = vec![describe(Format::Raw, raw, raw_digest?)?];
+    for (format, digest, path) in others? {
+        outputs.push(describe(format, &path, digest)?);
+    }
+    step.finish(
+        outputs
+            .iter()
+            .map(|output| {
+                format!("{} {}", output.format, crate::progress::format_bytes(output.allocated))
+            })
+            .collect::<Vec<_>>()
+            .join(", "),
+    );
+    Ok(outputs)
+}
+
+fn describe(format: Format, path: &Path, sha256: Digest) -> Result<OutputEntry> {
+    let metadata =
+        fs::metadata(path).with_context(|| format!("looking at {}", path.display()))?;
+    Ok(OutputEntry {
+        format,
+        file: path.file_name().context("an output has a name")?.into(),
+        sha256,
+        bytes: metadata.len(),
+        allocated: metadata.blocks() * 512,
+        modified: take_modified(&metadata),
+    })
+}
+
+fn take_modified(metadata: &fs::Metadata) -> u64 {
+    (metadata.mtime() as u64).wrapping_mul(1_000_000_000).wrapping_add(metadata.mtime_nsec() as u64)
+}
