@@ -59,6 +59,15 @@ fn make_tree() -> Option<Tree> {
     Some(Tree { sandbox, dir, spec })
 }
 
+/// Where a container hides parts of `/proc`, programs see that one instead of their own.
+fn has_fresh_proc(tree: &Tree) -> bool {
+    let fresh = tree.sandbox.probe(&tree.dir).iter().any(|check| check.detail.contains("fresh"));
+    if !fresh {
+        eprintln!("skipped: the view of processes: the kernel gives no fresh /proc here");
+    }
+    fresh
+}
+
 fn bind(from: impl Into<PathBuf>, to: impl Into<PathBuf>) -> Bind {
     Bind { from: from.into(), to: to.into(), read_only: true }
 }
@@ -96,7 +105,9 @@ fn a_program_is_root_among_few_processes_with_few_capabilities() {
     let seen = tree.run("id -u; id -G; cd /proc; echo [0-9]*; grep CapEff self/status; umask; pwd");
     let lines: Vec<&str> = seen.lines().collect();
     assert_eq!(lines[..2], ["0", "0"], "{seen}");
-    assert_eq!(lines[2], "1 2", "{seen}");
+    if has_fresh_proc(&tree) {
+        assert_eq!(lines[2], "1 2", "{seen}");
+    }
     let rights = u64::from_str_radix(lines[3].split_whitespace().nth(1).unwrap(), 16).unwrap();
     let (ptrace, admin, chown) = (1 << 19, 1 << 21, 1 << 0);
     assert_eq!(rights & (ptrace | admin | chown), chown, "{seen}");
@@ -149,17 +160,19 @@ fn the_host_cannot_be_reached_from_a_program() {
          fi
          ! mount -t tmpfs none /mnt 2>/dev/null; ! umount -l /proc 2>/dev/null
          ! nsenter -t 1 -m true 2>/dev/null
+         for file in sys/kernel/core_pattern sysrq-trigger; do
+             if (: >> /proc/$file) 2>/dev/null; then exit 9; fi
+         done
          cut -d' ' -f2 /proc/self/mounts",
         m = marker.display()
     );
     let mounts = tree.run(&script);
     assert!(!mounts.contains(tree.dir.to_str().unwrap()), "{mounts}");
-    let mounts: Vec<&str> = mounts.lines().filter(|line| !line.starts_with("/dev/")).collect();
-    assert_eq!(mounts[0], "/");
-    assert!(mounts.iter().all(|on| {
-        ["/", "/proc", "/dev", "/run", "/tmp", "/sys", "/usr", "/bin", "/sbin", "/lib", "/lib64"]
-            .contains(on)
-    }));
+    let known = "dev proc run tmp sys usr bin sbin lib lib64";
+    for on in mounts.lines().skip(1) {
+        let area = on.split('/').nth(1).unwrap();
+        assert!(known.split(' ').any(|name| name == area), "{on}");
+    }
 }
 
 #[test]
@@ -181,8 +194,6 @@ fn a_hostile_tree_cannot_lead_a_mount_to_the_host() {
 fn writes_land_in_the_upper_side_with_owners_modes_and_capabilities() {
     let Some(tree) = make_tree() else { return };
     fs::write(tree.dir.join("lower/etc/gone"), "").unwrap();
-    let capability = "0x0100000200200000000000000000000000000000";
-    let has_setfattr = Command::new("setfattr").arg("--version").run().is_ok();
     tree.run(
         "rm /etc/gone; echo 1 > /etc/new; chown 42:65534 /etc/new; chmod 6755 /etc/new
          chgrp 42 /usr 2>/dev/null || true; mkdir /srv; chown 999:999 /srv; chmod 2750 /srv",
@@ -204,14 +215,28 @@ fn writes_land_in_the_upper_side_with_owners_modes_and_capabilities() {
     // Another job sees what the first one left.
     let seen = tree.run("stat -c '%u:%g %a' /etc/new /srv; test ! -e /etc/gone");
     assert_eq!(seen, "42:65534 6755\n999:999 2750\n");
-    if !has_setfattr {
-        return eprintln!("skipped: file capabilities: there is no setfattr");
+}
+
+#[test]
+fn a_file_capability_looks_inside_as_it_was_set() {
+    let Some(tree) = make_tree() else { return };
+    if !Path::new("/usr/bin/python3").exists() {
+        return eprintln!("skipped: there is no /usr/bin/python3 to set a file capability with");
     }
-    tree.run(&format!("setfattr -n security.capability -v {capability} /etc/new"));
-    let seen =
-        tree.run("getfattr -e hex --only-values -n security.capability /etc/new | od -An -tx1");
-    let seen: String = seen.split_whitespace().collect();
-    assert_eq!(format!("0x{seen}"), capability, "the short form, version 2, is seen inside");
+    let script = "import os; f = '/etc/capable'; n = 'security.capability'
+v = bytes.fromhex('0100000200200000000000000000000000000000')
+open(f, 'w'); os.setxattr(f, n, v); print(os.getxattr(f, n) == v)";
+    let program = Program::new("/usr/bin/python3").args(["-c", script]);
+    assert_eq!(tree.sandbox.read(&tree.spec, &program).unwrap(), "True\n");
+    // Outside it belongs to the root of the namespace: version 3 (`capabilities(7)`).
+    let mut value = [0_u8; 64];
+    let file = tree.dir.join("upper/etc/capable");
+    let length = rustix::fs::getxattr(&file, "security.capability", &mut value).unwrap();
+    if !new_user_is_root() {
+        assert_eq!((length, value[3]), (24, 3));
+        let owner = u32::from_le_bytes(value[20..24].try_into().unwrap());
+        assert_eq!(owner, rustix::process::getuid().as_raw());
+    }
 }
 
 fn new_user_is_root() -> bool {

@@ -36,12 +36,15 @@ pub fn serve_if_asked(handler: Handler) -> Option<ExitCode> {
     }
     let stage = args.next().unwrap_or_default();
     let rest: Vec<_> = args.collect();
+    // By hand, these two would change the host's mounts.
+    let is_first = rustix::process::getpid() == rustix::process::Pid::INIT;
     let done = match stage.to_str() {
+        Some("worker" | "init") if !is_first => Err(anyhow!("only the sandbox starts this")),
         Some("helper") => help(),
         Some("worker") => work(handler),
         Some("enter") => init::enter(&rest),
         Some("init") => init::run(&rest),
-        _ => Err(anyhow!("this is how the program starts itself, not for users")),
+        _ => Err(anyhow!("only the sandbox starts this")),
     };
     Some(match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::fs::MemfdFlags;
@@ -71,7 +72,7 @@ impl Program {
 /// The inside of the sandbox, as a job has it.
 pub struct Inside {
     spec: Spec,
-    events: File,
+    events: Mutex<File>,
 }
 
 /// A program under way, and where its end will be told.
@@ -90,7 +91,7 @@ enum Streams {
 
 impl Inside {
     pub(super) fn new(spec: Spec, events: File) -> Self {
-        Inside { spec, events }
+        Inside { spec, events: Mutex::new(events) }
     }
 
     /// The tree, where the job can read and write it; its `/dev`, `/proc`, `/run`, `/sys`
@@ -104,8 +105,9 @@ impl Inside {
     }
 
     /// Tell the builder a line.
-    pub fn say(&mut self, text: &str) -> Result<()> {
-        wire::write_event(&mut self.events, &Event::Say { text: text.to_string() })
+    pub fn say(&self, text: &str) -> Result<()> {
+        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        wire::write_event(&mut *events, &Event::Say { text: text.to_string() })
     }
 
     /// Run a program with the tree as its root to its end, and all that it started with it.
@@ -156,12 +158,9 @@ impl Inside {
     }
 
     /// As [`Inside::watch`], with each line told to the builder.
-    pub fn watch_and_say(&mut self, program: &Program) -> Result<()> {
-        let mut events = self.events.try_clone()?;
-        self.watch(program, &mut |line| {
-            // A builder that is gone takes this process with it.
-            let _ = wire::write_event(&mut events, &Event::Say { text: line.to_string() });
-        })
+    pub fn watch_and_say(&self, program: &Program) -> Result<()> {
+        // A builder that is gone takes this process with it.
+        self.watch(program, &mut |line| drop(self.say(line)))
     }
 
     /// An interactive shell on the terminal, until the user leaves it.

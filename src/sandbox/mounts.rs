@@ -48,6 +48,9 @@ const DEVICE_LINKS: [(&str, &str); 5] = [
     ("pts/ptmx", "ptmx"),
 ];
 
+/// What is read-only in `/proc`, as in Docker's containers.
+const KERNEL_FILES: [&str; 5] = ["bus", "fs", "irq", "sys", "sysrq-trigger"];
+
 /// `(name, mode)` of what programs have over the tree.
 const OVER_TREE: [(&str, u32); 5] =
     [("dev", 0o755), ("proc", 0o755), ("run", 0o755), ("sys", 0o755), ("tmp", 0o1777)];
@@ -195,7 +198,10 @@ pub fn enter(base: &Path, binds: &[Bind]) -> Result<bool> {
     rustix::process::pivot_root(".", ".").context("making the tree the root")?;
     let safe = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     let fresh = mount("proc", "/proc", "proc", safe, None::<&std::ffi::CStr>).is_ok();
-    if !fresh {
+    if fresh {
+        protect_kernel()?;
+    } else {
+        protect(&host_proc)?;
         attach(&host_proc, Path::new("/proc"))?;
     }
     for (piece, to) in &pieces {
@@ -204,6 +210,20 @@ pub fn enter(base: &Path, binds: &[Bind]) -> Result<bool> {
     unmount(".", UnmountFlags::DETACH).context("letting go of the host's root")?;
     std::env::set_current_dir("/").context("entering the new root")?;
     Ok(fresh)
+}
+
+/// Where the builder is root, so is the program to the kernel's settings, which ask for the
+/// id alone: a maintainer script must not change the host's.
+fn protect_kernel() -> Result<()> {
+    for name in KERNEL_FILES {
+        let path = Path::new("/proc").join(name);
+        if path.exists() {
+            let piece = clone_tree(&path)?;
+            protect(&piece)?;
+            attach(&piece, &path)?;
+        }
+    }
+    Ok(())
 }
 
 fn make_mountpoints(root: &Path) -> Result<()> {

@@ -51,7 +51,14 @@ impl Sandbox {
                 return checks;
             }
         }
-        match self.try_job(directory) {
+        let scratch = match Scratch::make(directory) {
+            Ok(scratch) => scratch,
+            Err(error) => {
+                checks.push(Check::fail("directory", &error, "make it writable to this user"));
+                return checks;
+            }
+        };
+        match self.try_job(&scratch) {
             Ok(found) => {
                 checks.push(Check::pass("namespaces", "user, mount, pid, ipc, uts, network"));
                 checks.extend(found);
@@ -76,8 +83,7 @@ impl Sandbox {
             .into())
     }
 
-    fn try_job(&self, directory: &Path) -> Result<Vec<Check>> {
-        let scratch = Scratch::make(directory)?;
+    fn try_job(&self, scratch: &Scratch) -> Result<Vec<Check>> {
         let path = serde_json::to_value(&scratch.0)?;
         let found: Value = self.start(&Spec::default(), child::PROBE, path, &mut |_| ())?;
         serde_json::from_value(found).context("reading what the probe found")
