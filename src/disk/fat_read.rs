@@ -234,7 +234,7 @@ mod tests {
         file.set_len(MIN_SIZE).unwrap();
         let files = ["EFI/Linux/a long name of a kernel.efi", "EFI/B.EFI", "c"]
             .map(|path| EspFile { path: path.into(), content: Content::Bytes(vec![7; 3000]) });
-        write_esp(Region::whole(&file).unwrap(), &files, 0, 1).unwrap();
+        write_esp(&Region::whole(&file).unwrap(), &files, 0, 1).unwrap();
         file
     }
 

@@ -11,5 +11,7 @@ pub mod region;
 pub mod uki;
 pub mod verity;
 
+pub use image::{Assembled, Plan, assemble_disk};
+
 /// Partitions, and the sizes of what fills them, are multiples of this.
 pub const MIB: u64 = 1 << 20;

@@ -2,7 +2,6 @@
 //! disk image, so that nothing has to be copied in or out.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, ensure};
@@ -14,12 +13,11 @@ pub struct Region<'a> {
     file: &'a File,
     start: u64,
     length: u64,
-    position: u64,
 }
 
 impl<'a> Region<'a> {
     pub fn new(file: &'a File, start: u64, length: u64) -> Self {
-        Region { file, start, length, position: 0 }
+        Region { file, start, length }
     }
 
     pub fn whole(file: &'a File) -> Result<Self> {
@@ -52,43 +50,23 @@ impl<'a> Region<'a> {
         Ok(bytes)
     }
 
-    fn left(&self) -> u64 {
-        self.length.saturating_sub(self.position)
-    }
-}
-
-impl Read for Region<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let n = self.left().min(buffer.len() as u64) as usize;
-        let n = self.file.read_at(&mut buffer[..n], self.start + self.position)?;
-        self.position += n as u64;
-        Ok(n)
-    }
-}
-
-impl Write for Region<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let n = self.left().min(bytes.len() as u64) as usize;
-        let n = self.file.write_at(&bytes[..n], self.start + self.position)?;
-        self.position += n as u64;
-        Ok(n)
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let part = self.part(offset, bytes.len() as u64)?;
+        self.file
+            .write_all_at(bytes, part.start)
+            .with_context(|| format!("writing {} bytes at {offset}", bytes.len()))
     }
 
-    fn flush(&mut self) -> io::Result<()> {
+    /// Copy `length` bytes of `from` to `offset`, without the holes: that range must read
+    /// as zeros before.
+    pub fn write_file_at(&self, offset: u64, from: &File, length: u64) -> Result<()> {
+        let part = self.part(offset, length)?;
+        let mut position = 0;
+        while let Some((start, end)) = find_data(from, position, length)? {
+            copy_range(from, start, part.file, part.start + start, end - start)?;
+            position = end;
+        }
         Ok(())
-    }
-}
-
-impl Seek for Region<'_> {
-    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let target = match to {
-            SeekFrom::Start(offset) => Some(offset),
-            SeekFrom::End(delta) => self.length.checked_add_signed(delta),
-            SeekFrom::Current(delta) => self.position.checked_add_signed(delta),
-        };
-        let inside = target.filter(|target| *target <= self.length);
-        self.position = inside.ok_or(io::ErrorKind::InvalidInput)?;
-        Ok(self.position)
     }
 }
 
@@ -107,17 +85,6 @@ pub fn find_data(file: &File, from: u64, end: u64) -> Result<Option<(u64, u64)>>
     }
     let stop = seek(rustix::fs::SeekFrom::Hole(start)).context("looking for a hole in a file")?;
     Ok(Some((start, stop.min(end))))
-}
-
-/// Copy `length` bytes of `from` to `offset` of `to`, without the holes: that range of
-/// `to` must read as zeros before.
-pub fn copy_sparse(from: &File, to: &File, offset: u64, length: u64) -> Result<()> {
-    let mut position = 0;
-    while let Some((start, end)) = find_data(from, position, length)? {
-        copy_range(from, start, to, offset + start, end - start)?;
-        position = end;
-    }
-    Ok(())
 }
 
 /// copy_file_range(2), which shares the blocks where the file system can, else by hand.
@@ -159,14 +126,11 @@ mod tests {
     fn a_region_neither_reads_nor_writes_beyond_its_ends() {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(b"0123456789", 0).unwrap();
-        let mut region = Region::new(&file, 2, 4);
-        let mut text = String::new();
-        region.read_to_string(&mut text).unwrap();
-        assert_eq!(text, "2345");
-        region.seek(SeekFrom::End(-1)).unwrap();
-        assert!(region.write_all(b"xy").is_err());
-        assert!(region.seek(SeekFrom::Start(5)).is_err());
+        let region = Region::new(&file, 2, 4);
+        assert_eq!(region.read_at(0, 4).unwrap(), b"2345");
         assert!(region.read_at(3, 2).is_err());
+        assert!(region.write_at(3, b"xy").is_err());
+        region.write_at(3, b"x").unwrap();
         assert!(region.part(u64::MAX, 2).is_err());
         assert_eq!(Region::whole(&file).unwrap().read_at(0, 10).unwrap(), b"01234x6789");
     }
@@ -177,7 +141,7 @@ mod tests {
         from.set_len(8 << 20).unwrap();
         from.write_all_at(b"middle", 4 << 20).unwrap();
         to.set_len(16 << 20).unwrap();
-        copy_sparse(&from, &to, 4096, 8 << 20).unwrap();
+        Region::whole(&to).unwrap().write_file_at(4096, &from, 8 << 20).unwrap();
         let mut bytes = [0; 6];
         to.read_exact_at(&mut bytes, (4 << 20) + 4096).unwrap();
         assert_eq!(&bytes, b"middle");
