@@ -1,5 +1,6 @@
 //! Debian's formats: archives, metadata, versions, and what depends on what.
 
+pub mod archive;
 pub mod deb822;
 pub mod index;
 pub mod mirror;
