@@ -14,9 +14,8 @@ pub mod template;
 
 pub mod fetch;
 pub mod lock;
-pub mod store;
-
 pub mod repository;
+pub mod store;
 
 pub mod rootfs;
 pub mod sandbox;

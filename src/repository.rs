@@ -48,6 +48,23 @@ pub struct Suite {
     pub pool_base: Archive,
 }
 
+/// The archive that holds the packages of a suite.
+pub fn find_archive(suite: &str) -> Archive {
+    let known = SUITES.iter().find(|(name, _)| *name == suite);
+    known.map_or(Archive::Main, |(_, archive)| *archive)
+}
+
+/// Whether the mirror answers with a signed Release for every suite.
+pub fn check_reachable(fetcher: &Fetcher, mirror: &Mirror) -> Result<()> {
+    for (name, archive) in SUITES {
+        let url = mirror.locate(archive, &format!("dists/{name}/InRelease"));
+        fetcher
+            .fetch_bytes(&url, IN_RELEASE_LIMIT)
+            .map_err(|error| explain_missing_suite(error, name, &url))?;
+    }
+    Ok(())
+}
+
 /// Fetch and verify what the mirror has now. `not_before`: the oldest Date that may come,
 /// in seconds since 1970, by suite (from the lock).
 ///

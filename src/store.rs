@@ -153,6 +153,11 @@ impl Store {
         Ok(Scratch { path, committed: false })
     }
 
+    /// Whether no build has ever ended in it.
+    pub fn is_fresh(&self) -> bool {
+        !self.root.join("steps/initrd").is_dir()
+    }
+
     /// Bytes that an ordinary user can still write on the store's file system.
     pub fn measure_room(&self) -> Result<u64> {
         measure_room(&self.root)

@@ -24,6 +24,11 @@ impl Tools {
         &self.root
     }
 
+    /// The key under which the store has it, the same wherever the store is.
+    pub fn name(&self) -> &[u8] {
+        self.root.file_name().unwrap_or_default().as_encoded_bytes()
+    }
+
     /// A command that runs `program` with the tools root's own loader and libraries, so
     /// that neither a chroot nor the host's libc is needed (`ld.so(8)`).
     pub fn command(&self, program: &str) -> Result<Command> {

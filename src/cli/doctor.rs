@@ -2,9 +2,11 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::Context;
-use crate::debian::mirror::Mirror;
+use crate::debian::mirror::{Mirror, Places};
 use crate::error::UserError;
+use crate::fetch::Fetcher;
 use crate::progress::format_bytes;
+use crate::repository;
 use crate::sandbox::{Check, Sandbox};
 use crate::store::Store;
 
@@ -35,8 +37,10 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
         }
         Err(error) => checks.push(describe("store", Err(error))),
     }
-    let mirror = Mirror::find(args.mirror.as_deref())
-        .and_then(|mirror| crate::repository::check_reachable(&mirror).map(|()| mirror));
+    let mirror = Mirror::find(&Places::of_this_machine(args.mirror.as_deref())).and_then(|mirror| {
+        repository::check_reachable(&Fetcher::new(1, false)?, &mirror)?;
+        Ok(mirror)
+    });
     checks.push(describe("mirror", mirror.map(|mirror| format!("{} and {}", mirror.main, mirror.security))));
 
     let failed = checks.iter().filter(|check| !check.ok).count();

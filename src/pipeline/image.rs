@@ -10,7 +10,7 @@ use super::manifest::Description;
 use super::source::{self, Source};
 use super::unpacked::{add_packages, unpack};
 use super::sets;
-use crate::config::layer::{FileKind, Layer};
+use crate::config::layer::{FileKind, Layer, TreeFile};
 use crate::config::profile::Profile;
 use crate::debian::release::format_date;
 use crate::digest::{Digest, Key};
@@ -51,7 +51,7 @@ impl ImageBuilder<'_> {
         key.add("epoch", self.lock.epoch.to_string());
         add_packages(&mut key, &self.lock.list_set(&set)?);
         config.modules.iter().for_each(|name| drop(key.add("module", name)));
-        for file in &layer.initrd_files {
+        for file in &config.files {
             let content = match &file.kind {
                 FileKind::File { source, .. } => Digest::of_file(source)?,
                 FileKind::Symlink(to) => Digest::of(to.as_bytes()),
@@ -71,7 +71,7 @@ impl ImageBuilder<'_> {
         let debs = source::fetch_set(self.source, self.lock, &set)?;
         unpack(self.source, self.lock, &set, &debs, &root)?;
         initrd::finish_tree(&root)?;
-        lay_files(layer, &root)?;
+        lay_files(&config.files, &root)?;
         initrd::install_modules(self.tools, &kernel.tree, &config.modules, &root)?;
         let archive = scratch.path().join("initrd.cpio.zst");
         initrd::write_archive(&root, self.lock.epoch, &archive)?;
@@ -266,9 +266,9 @@ fn find_kernel<'a>(diffs: &'a [Diff], layer: &Layer) -> Result<&'a Diff> {
 }
 
 /// Lay the layer's `initrd/` files over the tree; everything in an initrd is root's.
-fn lay_files(layer: &Layer, root: &Path) -> Result<()> {
+fn lay_files(files: &[TreeFile], root: &Path) -> Result<()> {
     use std::os::unix::fs::{PermissionsExt, symlink};
-    for file in &layer.initrd_files {
+    for file in &config.files {
         let path = root.join(file.target.strip_prefix("/").unwrap_or(&file.target));
         let lay = || -> std::io::Result<()> {
             if let Some(folder) = path.parent() {

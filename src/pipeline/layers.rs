@@ -10,9 +10,10 @@ use serde_json::Value;
 use super::sets;
 use super::source::Source;
 use super::unpacked::add_packages;
-use crate::config::layer::{FileKind, Layer, TreeFile};
+use crate::config::layer::{FileKind, Layer, TreeFile, User};
 use crate::config::profile::Profile;
-use crate::digest::{Digest, Hasher, Key};
+use crate::digest::{Digest, Key};
+use crate::disk::guid::Guid;
 use crate::disk::{erofs, verity};
 use crate::lock::{self, Lock};
 use crate::rootfs::accounts::{Account, UserFields};
@@ -78,11 +79,11 @@ impl LayerBuilder<'_> {
         let mut diffs = Vec::new();
         let mut below = Below::default();
         for (index, layer) in profile.layers.iter().enumerate() {
-            below.exclude.extend(layer.exclude.iter().cloned());
-            below.accounts.extend(layer.accounts.iter().map(describe_account));
+            below.exclude = layer.exclude.clone();
+            below.accounts.extend(layer.users.iter().map(describe_account));
             let set = sets::name_layer_set(profile, index);
             let built = [
-                self.build_packages(layer, &set, &below)?,
+                self.build_packages(profile, layer, &set, &below)?,
                 self.build_files(profile, layer, &below)?,
             ];
             for diff in built.into_iter().flatten() {
@@ -94,23 +95,26 @@ impl LayerBuilder<'_> {
         Ok(diffs)
     }
 
-    fn build_packages(&self, layer: &Layer, set: &str, below: &Below) -> Result<Option<Diff>> {
+    fn build_packages(
+        &self,
+        profile: &Profile,
+        layer: &Layer,
+        set: &str,
+        below: &Below,
+    ) -> Result<Option<Diff>> {
         let packages = self.lock.list_set(set)?;
-        if packages.is_empty() && layer.skeleton.is_empty() && layer.accounts.is_empty() {
+        if packages.is_empty() && layer.skeleton.is_empty() && layer.users.is_empty() {
             return Ok(None);
         }
         let mut key = self.begin_key("packages", PACKAGES_VERSION, layer, below);
         add_packages(&mut key, &packages);
         layer.provides.iter().for_each(|name| drop(key.add("provides", name)));
-        let skeleton = self.place(&layer.skeleton, &serde_json::Value::Null, None, &mut key)?;
+        let variables = serde_json::to_value(&profile.variables)?;
+        self.place(&layer.skeleton, &variables, None, &mut key)?;
 
         self.provide(layer, "packages", key, below, |scratch| {
-            let skeleton = self.place(
-                &layer.skeleton,
-                &serde_json::Value::Null,
-                Some(scratch),
-                &mut Key::default(),
-            )?;
+            let skeleton =
+                self.place(&layer.skeleton, &variables, Some(scratch), &mut Key::default())?;
             let job = PackagesJob {
                 common: self.describe_common(layer, below, scratch),
                 debs: packages
@@ -131,12 +135,12 @@ impl LayerBuilder<'_> {
             Ok((PACKAGES_JOB, serde_json::to_value(job)?))
         })
         .map(Some)
-        .inspect(|_| drop(skeleton))
     }
 
     fn build_files(&self, profile: &Profile, layer: &Layer, below: &Below) -> Result<Option<Diff>> {
         let units = &layer.units;
-        let nothing = layer.files.is_empty()
+        let files: Vec<TreeFile> = layer.files.iter().chain(&layer.boot).cloned().collect();
+        let nothing = files.is_empty()
             && layer.artifacts.is_empty()
             && layer.commands.is_empty()
             && units.enable.is_empty()
@@ -147,11 +151,11 @@ impl LayerBuilder<'_> {
         }
         let variables = serde_json::to_value(&profile.variables)?;
         let mut key = self.begin_key("files", FILES_VERSION, layer, below);
-        self.place(&layer.files, &variables, None, &mut key)?;
+        self.place(&files, &variables, None, &mut key)?;
         for artifact in &layer.artifacts {
             key.add(format!("artifact {}", artifact.name), artifact.sha256.as_bytes());
             key.add("artifact path", artifact.path.as_os_str().as_encoded_bytes());
-            key.add("artifact unpack", format!("{:?}", artifact.strip()));
+            key.add("artifact unpack", format!("{} {}", artifact.unpack, artifact.strip));
         }
         for (what, names) in
             [("enable", &units.enable), ("disable", &units.disable), ("mask", &units.mask)]
@@ -163,14 +167,14 @@ impl LayerBuilder<'_> {
         self.provide(layer, "files", key, below, |scratch| {
             let job = FilesJob {
                 common: self.describe_common(layer, below, scratch),
-                files: self.place(&layer.files, &variables, Some(scratch), &mut Key::default())?,
+                files: self.place(&files, &variables, Some(scratch), &mut Key::default())?,
                 artifacts: layer
                     .artifacts
                     .iter()
                     .map(|artifact| Artifact {
                         path: self.source.store.file_path(&artifact.sha256),
                         target: artifact.path.clone(),
-                        unpack: artifact.strip(),
+                        unpack: artifact.unpack.then_some(artifact.strip),
                     })
                     .collect(),
                 enable: units.enable.clone(),
@@ -188,7 +192,7 @@ impl LayerBuilder<'_> {
         key.add("layer", &layer.name);
         key.add("below", below.key.map(|key| key.to_string()).unwrap_or_default());
         key.add("epoch", self.lock.epoch.to_string());
-        key.add("tools", self.tools.root().as_os_str().as_encoded_bytes().rsplit(|b| *b == b'/').next().unwrap_or_default());
+        key.add("tools", self.tools.name());
         below.exclude.iter().for_each(|glob| drop(key.add("exclude", glob)));
         layer.remove.iter().for_each(|remove| drop(key.add("remove", &remove.path)));
         for account in &below.accounts {
@@ -325,12 +329,16 @@ impl LayerBuilder<'_> {
         let sealed: Sealed = serde_json::from_value(sealed).context("reading the job's answer")?;
 
         step.update("writing the blob");
+        // Named by its content: the same changes over other layers make the same blob.
+        let digest = sealed.tar_digest;
         let (tar, blob) = (folder.join("layer.tar"), folder.join("blob.erofs"));
-        erofs::make_blob(self.tools, &tar, &blob, self.lock.epoch)?;
+        erofs::make_blob(self.tools, &tar, &blob, self.lock.epoch, &Guid::derive(&digest, "blob"))?;
         fs::remove_file(&tar).context("removing the layer's tar")?;
         let blob_bytes = fs::metadata(&blob)?.len();
         let blob_digest = Digest::of_file(&blob)?;
-        let leaves = verity::hash_leaves(&blob, 0, blob_bytes, self.source.threads)?;
+        let blocks = blob_bytes / verity::BLOCK as u64;
+        let file = fs::File::open(&blob).context("opening the blob")?;
+        let leaves = verity::hash_leaves(&file, 0, blocks, self.source.threads)?;
         fs::write(folder.join("leaves"), leaves.as_flattened()).context("writing verity leaves")?;
         let facts = Facts { sealed, blob_digest, blob_bytes };
         fs::write(folder.join("facts.json"), serde_json::to_vec_pretty(&facts)?)
@@ -362,21 +370,13 @@ fn open_diff(name: String, layer: &Layer, key: Key, entry: &Path, cached: bool) 
     })
 }
 
-fn describe_account(account: &crate::config::layer::Account) -> Account {
+fn describe_account(user: &User) -> Account {
+    let show = |path: &Path| path.to_string_lossy().into_owned();
+    let fields = UserFields { home: show(&user.home), shell: show(&user.shell) };
     Account {
-        name: account.name.clone(),
-        id: account.id,
-        user: account
-            .user
-            .as_ref()
-            .map(|user| UserFields { home: user.home.clone(), shell: user.shell.clone() }),
-        groups: account.groups.clone(),
+        name: user.name.clone(),
+        id: user.id,
+        user: (!user.group_only).then_some(fields),
+        groups: user.groups.clone(),
     }
-}
-
-/// A digest over the keys of all diffs.
-pub fn combine_keys(diffs: &[Diff]) -> Digest {
-    let mut hasher = Hasher::new();
-    diffs.iter().for_each(|diff| hasher.update(diff.key.digest().as_bytes()));
-    hasher.finish()
 }

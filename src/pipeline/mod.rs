@@ -182,7 +182,7 @@ impl Builder<'_> {
         key.add("epoch", self.lock.epoch.to_string());
         key.add("disk", format!("{:?}", profile.disk));
         key.add("cmdline", profile.cmdline.join(" "));
-        key.add("tools", self.tools.name().as_bytes());
+        key.add("tools", self.tools.name());
         key.add("initrd", initrd.as_bytes());
         for diff in diffs {
             key.add(&diff.name, diff.key.digest().as_bytes());

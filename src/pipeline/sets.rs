@@ -1,5 +1,6 @@
 //! What the lock must hold for a project's profiles.
 
+use crate::config::layer::PackageWish;
 use crate::config::profile::Profile;
 use crate::lock::SetRequest;
 use crate::tools;
@@ -25,7 +26,7 @@ pub fn list_requests(profiles: &[Profile]) -> Vec<SetRequest> {
             requests.push(SetRequest {
                 name: name_layer_set(profile, index),
                 parent: index.checked_sub(1).map(|under| name_layer_set(profile, under)),
-                wanted: layer.packages.clone(),
+                wanted: layer.packages.iter().map(PackageWish::to_string).collect(),
                 provides: layer.provides.clone(),
                 recommends: layer.recommends,
                 essential: index == 0,
@@ -34,7 +35,7 @@ pub fn list_requests(profiles: &[Profile]) -> Vec<SetRequest> {
                 requests.push(SetRequest {
                     name: name_initrd_set(&layer.name),
                     parent: None,
-                    wanted: initrd.packages.clone(),
+                    wanted: initrd.packages.iter().map(PackageWish::to_string).collect(),
                     provides: Vec::new(),
                     recommends: false,
                     essential: false,

@@ -10,7 +10,7 @@ use super::sets;
 use crate::config::Project;
 use crate::config::profile::Profile;
 use crate::debian::index;
-use crate::debian::mirror::Mirror;
+use crate::debian::mirror::{Mirror, Places};
 use crate::debian::solve::Universe;
 use crate::digest::Digest;
 use crate::error::UserError;
@@ -57,7 +57,7 @@ impl Source {
         if let Some(mirror) = self.mirror.get() {
             return Ok(mirror);
         }
-        let mirror = Mirror::find(self.options.mirror.as_deref())?;
+        let mirror = Mirror::find(&Places::of_this_machine(self.options.mirror.as_deref()))?;
         Ok(self.mirror.get_or_init(|| mirror))
     }
 
@@ -126,7 +126,7 @@ impl Source {
             .map(|package| Download {
                 name: format!("{} {}", package.name, package.version),
                 urls: mirror
-                    .map(|mirror| mirror.locate(&package.suite, &package.path))
+                    .map(|mirror| mirror.locate(repository::find_archive(&package.suite), &package.path))
                     .into_iter()
                     .collect(),
                 digest: package.sha256,

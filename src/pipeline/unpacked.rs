@@ -7,7 +7,9 @@ use anyhow::{Context, Result};
 use super::source::{self, Source};
 use crate::digest::Key;
 use crate::lock::{Lock, LockedPackage};
-use crate::rootfs::extract::{self, DebFile, Owners};
+use crate::debian::package;
+use crate::rootfs::exclude::Excludes;
+use crate::rootfs::extract::{self, DebFile, Options, Purpose};
 use crate::tools::Tools;
 
 /// Raised when the same packages would be unpacked differently.
@@ -42,13 +44,16 @@ pub fn unpack(
     let debs: Vec<DebFile> = debs
         .iter()
         .zip(packages)
-        .map(|((name, path), package)| DebFile {
+        .map(|((name, path), locked)| DebFile {
             name: name.clone(),
             path: path.clone(),
-            limit: extract::limit_unpacked(package.installed_size),
+            limit: package::limit_data(locked.installed_size),
         })
         .collect();
-    extract::unpack_all(&debs, root, source.threads, &[], Owners::Ignore)
+    let excludes = Excludes::default();
+    let options =
+        Options { purpose: Purpose::Tools, threads: source.threads, excludes: &excludes };
+    extract::unpack_all(&debs, root, &options)
         .with_context(|| format!("unpacking {set}"))
         .map(drop)
 }

@@ -338,7 +338,8 @@ impl Folder {
     }
 }
 
-fn make_folder(above: &Folder, name: &[u8]) -> Result<()> {
+/// Make a folder as dpkg's own are: root's, 0755.
+pub(super) fn make_folder(above: &Folder, name: &[u8]) -> Result<()> {
     fs::mkdirat(&above.fd, name, Mode::from_raw_mode(0o755)).context("making a folder")?;
     // The umask of whoever runs this must not show.
     fs::chmodat(&above.fd, name, Mode::from_raw_mode(0o755), AtFlags::empty())

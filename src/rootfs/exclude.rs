@@ -30,11 +30,16 @@ impl Excludes {
         self
     }
 
+    /// Whether the patterns leave out what is at this path (beginning with `/`).
+    pub fn matches(&self, path: &[u8]) -> bool {
+        let last = self.rules.iter().rev().find(|rule| matches_glob(&rule.pattern, path));
+        last.is_some_and(|rule| !rule.include)
+    }
+
     /// Whether this path (beginning with `/`) stays out. Directories and symbolic links
     /// stay in when a pattern that includes begins where they are, as in dpkg.
     pub fn skips(&self, path: &[u8], kind: &Kind) -> bool {
-        let last = self.rules.iter().rev().find(|rule| matches_glob(&rule.pattern, path));
-        if last.is_none_or(|rule| rule.include) {
+        if !self.matches(path) {
             return false;
         }
         let may_hold = matches!(kind, Kind::Directory | Kind::Symlink(_));

@@ -5,7 +5,9 @@
 //! configure), which is slow and seldom changes, and **files** (tree, artifacts, units,
 //! commands), which is fast and changes at every edit.
 
-use std::fs;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 
@@ -13,8 +15,12 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::accounts::{self, Account};
-use super::{dpkg, extract, seal};
+use super::exclude::Excludes;
+use super::extract::{self, DebFile, Purpose, Unpacked};
+use super::place::{self, Walker};
+use super::{dpkg, seal, stand_in};
 use crate::command::Failed;
+use crate::debian::package;
 use crate::digest::Digest;
 use crate::error::UserError;
 use crate::sandbox::{Inside, Program};
@@ -113,22 +119,17 @@ pub struct Sealed {
 /// dpkg asks this before it starts or stops a service: nothing runs in an image.
 const POLICY: &str = "usr/sbin/policy-rc.d";
 
+/// Bytes that an artifact may unpack to. Its digest is pinned: this is no defence against
+/// a stranger, only against a mistake.
+const UNPACKED_LIMIT: u64 = 8 << 30;
+
 pub fn build_packages(job: &PackagesJob, inside: &mut Inside) -> Result<Sealed> {
     let root = inside.root()?;
     inside.say("unpacking")?;
-    let debs: Vec<extract::DebFile> = job
-        .debs
-        .iter()
-        .map(|deb| extract::DebFile {
-            name: deb.name.clone(),
-            path: deb.path.clone(),
-            limit: extract::limit_unpacked(deb.installed_size),
-        })
-        .collect();
-    let unpacked = extract::unpack_all(&debs, &root, job.threads, &job.common.exclude)?;
+    let unpacked = unpack(job, &root)?;
     dpkg::register(&root, &unpacked)?;
     if let Some(stand_in) = &job.stand_in {
-        dpkg::register_stand_in(&root, &stand_in.name, &stand_in.provides)?;
+        stand_in::register(&root, &stand_in.name, &stand_in.provides)?;
     }
     place_files(&root, &job.skeleton)?;
     accounts::add(&root, &job.common.accounts)?;
@@ -143,17 +144,49 @@ pub fn build_packages(job: &PackagesJob, inside: &mut Inside) -> Result<Sealed> 
     seal::seal(&job.common, inside, "packages")
 }
 
+fn unpack(job: &PackagesJob, root: &Path) -> Result<Vec<Unpacked>> {
+    let debs: Vec<DebFile> = job
+        .debs
+        .iter()
+        .map(|deb| DebFile {
+            name: deb.name.clone(),
+            path: deb.path.clone(),
+            limit: package::limit_data(deb.installed_size),
+        })
+        .collect();
+    let excludes =
+        job.common.exclude.iter().fold(Excludes::default(), |all, glob| all.exclude(glob));
+    let options =
+        extract::Options { purpose: Purpose::Install, threads: job.threads, excludes: &excludes };
+    let unpacking = extract::unpack_all(&debs, root, &options)?;
+    if unpacking.conflicts.is_empty() {
+        return Ok(unpacking.packages);
+    }
+    let list: Vec<String> = unpacking
+        .conflicts
+        .iter()
+        .map(|conflict| {
+            let path = String::from_utf8_lossy(&conflict.path);
+            format!("/{}: {} and {}", path.trim_start_matches('/'), conflict.kept, conflict.dropped)
+        })
+        .collect();
+    Err(UserError::new(format!("packages of layer `{}` hold the same files", job.common.layer))
+        .why(list.join("\n"))
+        .help("leave one of the packages out, or `exclude` the path")
+        .into())
+}
+
 fn configure(
     job: &PackagesJob,
     inside: &mut Inside,
     root: &Path,
-    unpacked: &[extract::Unpacked],
+    unpacked: &[Unpacked],
 ) -> Result<()> {
     if unpacked.is_empty() {
         return Ok(());
     }
     let diversions = read_diversions(root)?;
-    for (package, script) in dpkg::list_preinsts(root, unpacked) {
+    for (package, script) in list_preinsts(root, unpacked) {
         inside.say(&format!("preparing {package}"))?;
         let program = Program::new(script)
             .arg("install")
@@ -186,6 +219,21 @@ fn configure(
         anyhow::bail!("dpkg finds packages that are not whole:\n{}", audit.trim());
     }
     Ok(())
+}
+
+/// Scripts that dpkg would have run before it unpacked, with their packages.
+fn list_preinsts(root: &Path, unpacked: &[Unpacked]) -> Vec<(String, String)> {
+    unpacked
+        .iter()
+        .filter(|package| package.control.contains_key("preinst"))
+        .filter_map(|package| {
+            // `Multi-Arch: same` packages have the architecture in their names.
+            ["", ":amd64"].iter().find_map(|suffix| {
+                let script = format!("/var/lib/dpkg/info/{}{suffix}.preinst", package.name);
+                root.join(&script[1..]).exists().then(|| (package.name.clone(), script))
+            })
+        })
+        .collect()
 }
 
 fn read_diversions(root: &Path) -> Result<Vec<u8>> {
@@ -261,30 +309,29 @@ pub fn build_files(job: &FilesJob, inside: &mut Inside) -> Result<Sealed> {
     seal::seal(&job.common, inside, "files")
 }
 
-/// Lay files down. They are the image's own, so they replace what packages brought; links
-/// of the tree (`/lib`) are followed, and never lead out of it, since the tree was made by
-/// code that keeps them inside.
+/// Lay files down; they are the image's own, and replace what packages brought.
 fn place_files(root: &Path, files: &[Placed]) -> Result<()> {
+    let fd = place::open_root(root)?;
+    let mut walker = Walker::new(&fd, dpkg::make_folder)?;
     for file in files {
-        place_file(root, file)
+        place_file(root, &mut walker, file)
             .with_context(|| format!("placing {}", file.target.display()))?;
     }
     Ok(())
 }
 
-fn place_file(root: &Path, file: &Placed) -> Result<()> {
+fn place_file(root: &Path, walker: &mut Walker<'_>, file: &Placed) -> Result<()> {
     let folder = file.target.parent().unwrap_or(Path::new("/"));
-    let folder = extract::make_folders(root, folder)?;
+    let folder = folder.strip_prefix("/").context("a target begins with `/`")?;
+    let folder = walker.open(folder.as_os_str().as_bytes())?;
     let name = file.target.file_name().context("a file has a name")?;
-    let path = folder.join(name);
+    // The walker's path has no links, so it cannot lead out of the root.
+    let path = root.join(OsStr::from_bytes(&folder.path)).join(name);
     let there = fs::symlink_metadata(&path).ok();
     let (uid, gid) = accounts::find_ids(root, &file.owner, &file.group)?;
     match &file.kind {
-        PlacedKind::Directory => {
-            if !there.is_some_and(|there| there.is_dir()) {
-                fs::create_dir(&path)?;
-            }
-        }
+        PlacedKind::Directory if there.as_ref().is_some_and(fs::Metadata::is_dir) => {}
+        PlacedKind::Directory => fs::create_dir(&path)?,
         PlacedKind::File(from) => {
             if there.is_some() {
                 fs::remove_file(&path)?;
@@ -308,15 +355,21 @@ fn place_file(root: &Path, file: &Placed) -> Result<()> {
 }
 
 fn place_artifact(root: &Path, artifact: &Artifact) -> Result<()> {
-    let Some(strip) = artifact.unpack else {
-        let placed = Placed {
-            target: artifact.target.clone(),
-            kind: PlacedKind::File(artifact.path.clone()),
-            mode: 0o644,
-            owner: "root".into(),
-            group: "root".into(),
-        };
-        return place_file(root, &placed);
+    let kind = match artifact.unpack {
+        Some(_) => PlacedKind::Directory,
+        None => PlacedKind::File(artifact.path.clone()),
     };
-    extract::unpack_archive(&artifact.path, root, &artifact.target, strip)
+    let mode = if artifact.unpack.is_some() { 0o755 } else { 0o644 };
+    let target = artifact.target.clone();
+    let (owner, group) = ("root".to_string(), "root".to_string());
+    place_files(root, &[Placed { target, kind, mode, owner, group }])?;
+    let Some(strip) = artifact.unpack else { return Ok(()) };
+    let fd = place::open_root(root)?;
+    let folder = artifact.target.strip_prefix("/").unwrap_or(&artifact.target);
+    let folder = Walker::new(&fd, dpkg::make_folder)?.open(folder.as_os_str().as_bytes())?;
+    let file = File::open(&artifact.path).context("opening the artifact")?;
+    let name = artifact.target.display().to_string();
+    let tar = package::open_tar(Box::new(file), &name, UNPACKED_LIMIT)?;
+    let into = root.join(OsStr::from_bytes(&folder.path));
+    extract::unpack_tar(tar, &name, &into, strip, Purpose::Install).map(drop)
 }

@@ -1,10 +1,14 @@
 //! The root file system: extract packages, build a layer, make its bytes reproducible.
 
+pub mod accounts;
+mod claims;
 pub mod dpkg;
 pub mod exclude;
 pub mod extract;
 mod installed;
+pub mod layer;
 pub mod pack;
 mod place;
+mod seal;
+mod stand_in;
 mod unpacker;
-mod claims;

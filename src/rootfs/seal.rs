@@ -3,13 +3,16 @@
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use super::exclude::Excludes;
 use super::layer::{Common, Sealed};
-use super::{accounts, extract, pack};
+use super::place::{self, Walker};
+use super::{accounts, dpkg, pack};
 use crate::digest::Hasher;
 use crate::sandbox::Inside;
 
@@ -62,14 +65,16 @@ pub fn seal(common: &Common, inside: &mut Inside, diff: &str) -> Result<Sealed> 
     write_tmpfiles(&root, &upper, &format!("stanchion-{}-{diff}", common.layer))?;
 
     let globs = NOT_SHIPPED.into_iter().chain(common.exclude.iter().map(String::as_str));
-    let globs = extract::Globs::new(globs.chain(common.remove.iter().map(String::as_str)));
+    let globs = globs.chain(common.remove.iter().map(String::as_str));
+    let left_out = globs.fold(Excludes::default(), Excludes::exclude);
     let file = File::create(&common.tar)
         .with_context(|| format!("creating {}", common.tar.display()))?;
     let mut out = Tee { file: BufWriter::with_capacity(1 << 20, file), hasher: Hasher::new() };
-    let stats = pack::pack(&upper, &mut out, common.epoch, |path| match globs.matches(path) {
+    let choose = |path: &Path| match left_out.matches(&[b"/", path.as_os_str().as_bytes()].concat()) {
         true => pack::Choice::Drop,
         false => pack::Choice::Keep,
-    })?;
+    };
+    let stats = pack::pack_layer(&upper, common.epoch, choose, &mut out)?;
     out.flush().context("writing the layer")?;
     Ok(Sealed { files: stats.files, bytes: stats.bytes, tar_digest: out.hasher.finish() })
 }
@@ -99,8 +104,9 @@ fn write_tmpfiles(root: &Path, upper: &Path, name: &str) -> Result<()> {
     if lines.is_empty() {
         return Ok(());
     }
-    let folder = extract::make_folders(root, Path::new("/usr/lib/tmpfiles.d"))?;
-    let path = folder.join(format!("{name}.conf"));
+    let fd = place::open_root(root)?;
+    Walker::new(&fd, dpkg::make_folder)?.open(b"usr/lib/tmpfiles.d")?;
+    let path = root.join("usr/lib/tmpfiles.d").join(format!("{name}.conf"));
     fs::write(&path, lines.join("\n") + "\n")
         .with_context(|| format!("writing {}", path.display()))
 }
