@@ -1,1 +1,304 @@
+//! A layer: what `layers/<name>/` says, checked.
 
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use serde::{Serialize, Serializer};
+use toml::Spanned;
+
+use super::check::{
+    check_account, check_argument, check_digest, check_mode, check_module, check_name,
+    check_package, check_path, check_pattern, check_text, check_unique, check_unit, check_url,
+    check_variables,
+};
+use super::raw::{RawArtifact, RawInitrd, RawLayer, RawOwner, RawUnits, RawUser, Text};
+use super::source::Source;
+use super::tree::{Owners, Ownership, TreeFile, read_trees};
+use crate::digest::Digest;
+
+/// Ids that a layer may give: below lie Debian's own, above what systemd takes for
+/// dynamic users and containers (systemd's UIDS-GIDS).
+const IDS: RangeInclusive<u32> = 100..=59_999;
+
+/// One step of an image, in the order of the profile.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Layer {
+    pub name: String,
+    pub description: String,
+    /// Layers that come before this one.
+    pub requires: Vec<String>,
+    pub packages: Vec<PackageWish>,
+    /// Whether recommended packages come too.
+    pub recommends: bool,
+    /// Patterns of package files that are not unpacked: those of the layers before, then
+    /// this layer's own.
+    pub exclude: Vec<String>,
+    /// Shell command lines run inside the root once the files are laid.
+    pub commands: Vec<String>,
+    pub cmdline: Vec<String>,
+    pub units: Units,
+    pub remove: Vec<Removal>,
+    pub artifacts: Vec<Artifact>,
+    pub users: Vec<User>,
+    pub variables: toml::Table,
+    pub initrd: Option<Initrd>,
+    /// What `tree/` lays over the root, sorted by target.
+    pub files: Vec<TreeFile>,
+    /// What `boot/` ships for the agent, unrendered, sorted by target; the targets lie
+    /// under `/usr/share/stanchion/boot/<layer>/` and keep the suffix `.j2`. Owner, group
+    /// and mode are those the agent's rendering gets.
+    pub boot: Vec<TreeFile>,
+}
+
+/// A Debian binary package, in one version if the layer says so.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PackageWish {
+    pub name: String,
+    pub version: Option<String>,
+}
+
+/// Files that are taken out of the finished layer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Removal {
+    /// A pattern (fnmatch(3)) of absolute paths.
+    pub path: String,
+    pub reason: String,
+}
+
+/// A file from outside the package repositories.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Artifact {
+    pub name: String,
+    pub url: String,
+    pub sha256: Digest,
+    /// Where it goes: the file itself, or the directory it is unpacked into.
+    pub path: PathBuf,
+    pub unpack: bool,
+    /// Leading path parts that unpacking drops.
+    pub strip: u32,
+    /// Of the file itself; what is unpacked belongs to root and keeps the archive's modes.
+    pub owner: String,
+    pub group: String,
+    #[serde(serialize_with = "write_mode")]
+    pub mode: u32,
+}
+
+/// A system user with a group of the same name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct User {
+    pub name: String,
+    /// Both the user's and the group's.
+    pub id: u32,
+    pub home: PathBuf,
+    pub shell: PathBuf,
+    /// Further groups.
+    pub groups: Vec<String>,
+}
+
+/// systemd units by what becomes of them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Units {
+    pub enable: Vec<String>,
+    pub disable: Vec<String>,
+    pub mask: Vec<String>,
+}
+
+/// The initrd's own root.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Initrd {
+    pub packages: Vec<PackageWish>,
+    /// Kernel modules, by name.
+    pub modules: Vec<String>,
+    /// What `initrd/` lays over it, sorted by target.
+    pub files: Vec<TreeFile>,
+}
+
+/// A layer and the lines of its file that later checks may have to name.
+pub(super) struct Loaded {
+    pub layer: Layer,
+    pub file: PathBuf,
+    pub requires: Vec<usize>,
+    pub users: Vec<usize>,
+    pub artifacts: Vec<usize>,
+    pub initrd: usize,
+}
+
+pub(super) fn write_mode<S: Serializer>(mode: &u32, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{mode:04o}"))
+}
+
+/// Read and check `layers/<name>/` below the project's root; it must exist.
+pub(super) fn load_layer(root: &Path, name: &str) -> Result<Loaded> {
+    let folder = Path::new("layers").join(name);
+    let source = Source::read(root, &folder.join("layer.toml"), "a layer")?;
+    let raw: RawLayer = source.parse()?;
+    let lines = |spans: Vec<usize>| spans.into_iter().map(|at| source.line(at)).collect();
+    Ok(Loaded {
+        file: source.path().to_owned(),
+        requires: lines(raw.requires.iter().map(|text| text.span().start).collect()),
+        users: lines(raw.user.iter().map(|user| user.name.span().start).collect()),
+        artifacts: lines(raw.artifact.iter().map(|item| item.name.span().start).collect()),
+        initrd: raw.initrd.as_ref().map_or(1, |initrd| source.line(initrd.span().start)),
+        layer: check_layer(&source, name, raw, root, &folder)?,
+    })
+}
+
+fn check_layer(
+    source: &Source,
+    name: &str,
+    raw: RawLayer,
+    root: &Path,
+    folder: &Path,
+) -> Result<Layer> {
+    let check_all = |texts: &[Text], check: &dyn Fn(&Text) -> Result<String>| {
+        texts.iter().map(check).collect::<Result<Vec<String>>>()
+    };
+    let requires = check_all(&raw.requires, &|text| check_name(source, "layer", text))?;
+    check_unique(source, "layer", pair(&raw.requires))?;
+    let artifacts = check_artifacts(source, &raw.artifact)?;
+    let mut owners = check_owners(source, &raw.owners)?;
+    let initrd = raw.initrd.as_ref().map(|initrd| check_initrd(source, initrd)).transpose()?;
+    let trees = read_trees(source, root, folder, name, &mut owners, initrd.is_some())?;
+    let mut layer = Layer {
+        name: name.to_string(),
+        description: check_text(source, "description", &raw.description)?,
+        requires,
+        packages: check_packages(source, &raw.packages)?,
+        recommends: raw.recommends,
+        exclude: check_all(&raw.exclude, &|text| check_pattern(source, "exclude", text))?,
+        commands: check_all(&raw.commands, &|text| check_text(source, "commands", text))?,
+        cmdline: check_all(&raw.kernel.cmdline, &|text| check_argument(source, text))?,
+        units: check_units(source, &raw.units)?,
+        remove: raw
+            .remove
+            .iter()
+            .map(|item| {
+                let path = check_pattern(source, "remove.path", &item.path)?;
+                Ok(Removal { path, reason: check_text(source, "remove.reason", &item.reason)? })
+            })
+            .collect::<Result<_>>()?,
+        artifacts,
+        users: check_users(source, &raw.user)?,
+        variables: check_variables(source, raw.variables)?,
+        initrd: initrd.map(|initrd| Initrd { files: trees.initrd, ..initrd }),
+        files: trees.tree,
+        boot: trees.boot,
+    };
+    for artifact in layer.artifacts.iter_mut().filter(|artifact| !artifact.unpack) {
+        if let Some(ownership) = owners.take(&artifact.path) {
+            artifact.owner = ownership.owner;
+            artifact.group = ownership.group;
+            artifact.mode = ownership.mode.unwrap_or(artifact.mode);
+        }
+    }
+    owners.check_all_taken(source, &layer.files)?;
+    Ok(layer)
+}
+
+fn pair(texts: &[Text]) -> impl Iterator<Item = (&str, std::ops::Range<usize>)> {
+    texts.iter().map(|text| (text.get_ref().as_str(), text.span()))
+}
+
+fn check_packages(source: &Source, texts: &[Text]) -> Result<Vec<PackageWish>> {
+    let wishes = texts
+        .iter()
+        .map(|text| check_package(source, text))
+        .map(|wish| wish.map(|(name, version)| PackageWish { name, version }))
+        .collect::<Result<Vec<_>>>()?;
+    let names = wishes.iter().zip(texts).map(|(wish, text)| (wish.name.as_str(), text.span()));
+    check_unique(source, "package", names)?;
+    Ok(wishes)
+}
+
+fn check_artifacts(source: &Source, raw: &[RawArtifact]) -> Result<Vec<Artifact>> {
+    raw.iter()
+        .map(|raw| {
+            if let (Some(strip), false) = (&raw.strip, raw.unpack) {
+                let error = source.error(strip.span(), "`artifact.strip` without `unpack = true`");
+                return Err(error.why("only what is unpacked has path parts to drop").into());
+            }
+            Ok(Artifact {
+                name: check_name(source, "artifact", &raw.name)?,
+                url: check_url(source, &raw.url)?,
+                sha256: check_digest(source, &raw.sha256)?,
+                path: check_path(source, "artifact.path", &raw.path)?,
+                unpack: raw.unpack,
+                strip: raw.strip.as_ref().map_or(0, |strip| *strip.get_ref()),
+                owner: "root".to_string(),
+                group: "root".to_string(),
+                mode: 0o644,
+            })
+        })
+        .collect()
+}
+
+fn check_users(source: &Source, raw: &[RawUser]) -> Result<Vec<User>> {
+    raw.iter()
+        .map(|raw| {
+            let id = *raw.id.get_ref();
+            if !IDS.contains(&id) {
+                let error = source.error(raw.id.span(), format!("bad user id `{id}`"));
+                let help = format!("take one from {} to {}", IDS.start(), IDS.end());
+                return Err(error.help(help).into());
+            }
+            let path = |key: &str, text: &Option<Text>, default: &str| match text {
+                Some(text) => check_path(source, key, text),
+                None => Ok(PathBuf::from(default)),
+            };
+            check_unique(source, "group", pair(&raw.groups))?;
+            Ok(User {
+                name: check_account(source, "user", &raw.name)?,
+                id,
+                home: path("user.home", &raw.home, "/nonexistent")?,
+                shell: path("user.shell", &raw.shell, "/usr/sbin/nologin")?,
+                groups: raw
+                    .groups
+                    .iter()
+                    .map(|group| check_account(source, "group", group))
+                    .collect::<Result<_>>()?,
+            })
+        })
+        .collect()
+}
+
+fn check_units(source: &Source, raw: &RawUnits) -> Result<Units> {
+    let check = |texts: &[Text]| -> Result<Vec<String>> {
+        texts.iter().map(|text| check_unit(source, text)).collect()
+    };
+    let units = Units {
+        enable: check(&raw.enable)?,
+        disable: check(&raw.disable)?,
+        mask: check(&raw.mask)?,
+    };
+    let all = pair(&raw.enable).chain(pair(&raw.disable)).chain(pair(&raw.mask));
+    check_unique(source, "unit", all)?;
+    Ok(units)
+}
+
+fn check_initrd(source: &Source, raw: &Spanned<RawInitrd>) -> Result<Initrd> {
+    let raw = raw.get_ref();
+    let modules =
+        raw.modules.iter().map(|text| check_module(source, text)).collect::<Result<_>>()?;
+    check_unique(source, "module", pair(&raw.modules))?;
+    Ok(Initrd { packages: check_packages(source, &raw.packages)?, modules, files: Vec::new() })
+}
+
+fn check_owners(source: &Source, raw: &BTreeMap<Text, RawOwner>) -> Result<Owners> {
+    let mut owners = Owners::default();
+    for (path, raw) in raw {
+        let account = |what: &str, text: &Option<Text>| match text {
+            Some(text) => check_account(source, what, text),
+            None => Ok("root".to_string()),
+        };
+        let ownership = Ownership {
+            owner: account("user", &raw.owner)?,
+            group: account("group", &raw.group)?,
+            mode: raw.mode.as_ref().map(|mode| check_mode(source, mode)).transpose()?,
+            span: path.span(),
+        };
+        owners.insert(check_path(source, "owners", path)?, ownership);
+    }
+    Ok(owners)
+}
