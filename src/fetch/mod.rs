@@ -8,7 +8,7 @@ mod transfer;
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -220,7 +220,11 @@ async fn fetch_one(
 ) -> Result<(), Failure> {
     let mut meter = Meter::new(whole, Some(progress), &download.name);
     meter.known = download.size;
-    let wait = || progress.note(&format!("waiting for another command: {}", download.name));
+    let wait = || {
+        if !whole.waited.swap(true, Ordering::Relaxed) {
+            progress.note("waiting for another command that fetches the same files");
+        }
+    };
     let Some(mut partial) =
         Partial::open(store, download.digest, wait).await.map_err(Failure::Local)?
     else {
@@ -265,6 +269,8 @@ struct Whole {
     done: AtomicU64,
     /// Counts what came twice, twice.
     received: AtomicU64,
+    /// Whether it was said that another command is waited for.
+    waited: AtomicBool,
 }
 
 /// What one download shows.

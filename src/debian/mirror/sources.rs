@@ -27,7 +27,8 @@ struct Source {
 pub(super) fn find_mirror(root: &Path) -> Result<Option<Mirror>> {
     let mut sources = Vec::new();
     for path in list_files(root)? {
-        let bytes = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+        // What this user may not read (a vendor's password) is not ours to use.
+        let Ok(bytes) = fs::read(&path) else { continue };
         let text = String::from_utf8_lossy(&bytes);
         match path.extension().is_some_and(|extension| extension == "sources") {
             true => sources.extend(parse_stanzas(&text)),

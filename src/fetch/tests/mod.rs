@@ -15,7 +15,7 @@ use server::{Request, Server, write_good, write_good_head, write_head, write_sta
 /// Waits little, so that tests do.
 pub(crate) fn impatient(offline: bool) -> Fetcher {
     let patience =
-        Patience { stall: Duration::from_millis(300), tries: 4, pause: Duration::from_millis(5) };
+        Patience { stall: Duration::from_millis(800), tries: 4, pause: Duration::from_millis(5) };
     Fetcher::with_patience(4, offline, patience).unwrap()
 }
 
@@ -204,7 +204,7 @@ fn a_server_that_never_answers_is_given_up() {
         Ok(())
     });
     let error = Place::new().fetch(&[want(server.url("a"), b"abc")]).unwrap_err();
-    assert_user_error(&error, &["nothing came for 0.3 seconds", "4 tries", &server.url("a")]);
+    assert_user_error(&error, &["nothing came for 0.8 seconds", "4 tries", &server.url("a")]);
     assert_eq!(server.requests().len(), 4);
 }
 
@@ -215,7 +215,7 @@ fn a_slow_transfer_that_never_stalls_is_waited_for() {
     let server = Server::start(move |request, to| {
         for piece in write_good_head(to, request, &sent)?.chunks(100) {
             to.write_all(piece)?;
-            sleep(Duration::from_millis(60));
+            sleep(Duration::from_millis(110));
         }
         Ok(())
     });
@@ -223,7 +223,7 @@ fn a_slow_transfer_that_never_stalls_is_waited_for() {
     let download = want(server.url("a"), &body);
     let began = Instant::now();
     place.fetch(std::slice::from_ref(&download)).unwrap();
-    assert!(began.elapsed() > Duration::from_millis(500));
+    assert!(began.elapsed() > Duration::from_millis(900));
     place.assert_has(&download, &body);
     assert_eq!(server.requests().len(), 1);
 }
