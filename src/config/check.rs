@@ -56,6 +56,21 @@ pub(super) fn check_text(source: &Source, key: &str, text: &Text) -> Result<Stri
 }
 
 /// `name` or `name=version` (Debian policy 5.6.1 and 5.6.12).
+/// `name` or `name (= version)`, as in a package's own Provides.
+pub(super) fn check_provided(source: &Source, text: &Text) -> Result<String> {
+    let provided = text.get_ref();
+    let name = provided.split(' ').next().unwrap_or_default();
+    let version = provided[name.len()..].trim_start();
+    let is_version = version.is_empty() || (version.starts_with("(= ") && version.ends_with(')'));
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"+-.~:()= ".contains(&b);
+    let is_name = name.len() >= 2 && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b));
+    if is_name && is_version && provided.bytes().all(plain) {
+        return Ok(provided.clone());
+    }
+    let error = source.error(text.span(), format!("bad provided package {}", quote(provided)));
+    Err(error.help("write `name` or `name (= version)`").into())
+}
+
 pub(super) fn check_package(source: &Source, text: &Text) -> Result<(String, Option<String>)> {
     let (name, version) = match text.get_ref().split_once('=') {
         Some((name, version)) => (name, Some(version)),

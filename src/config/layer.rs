@@ -30,6 +30,9 @@ pub struct Layer {
     /// Layers that come before this one.
     pub requires: Vec<String>,
     pub packages: Vec<PackageWish>,
+    /// Package names (`name` or `name (= version)`) that count as installed, because the
+    /// layer does itself what the package would do or does without it.
+    pub provides: Vec<String>,
     /// Whether recommended packages come too.
     pub recommends: bool,
     /// Patterns of package files that are not unpacked: those of the layers before, then
@@ -42,8 +45,11 @@ pub struct Layer {
     pub remove: Vec<Removal>,
     pub artifacts: Vec<Artifact>,
     pub users: Vec<User>,
+    pub groups: Vec<Group>,
     pub variables: toml::Table,
     pub initrd: Option<Initrd>,
+    /// What `skeleton/` lays over the root before packages are configured, sorted by target.
+    pub skeleton: Vec<TreeFile>,
     /// What `tree/` lays over the root, sorted by target.
     pub files: Vec<TreeFile>,
     /// What `boot/` ships for the agent, unrendered, sorted by target; the targets lie
@@ -57,6 +63,14 @@ pub struct Layer {
 pub struct PackageWish {
     pub name: String,
     pub version: Option<String>,
+}
+
+impl std::fmt::Display for PackageWish {
+    /// `name` or `name=version`, as in a layer.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.name)?;
+        self.version.as_ref().map_or(Ok(()), |version| write!(f, "={version}"))
+    }
 }
 
 /// Files that are taken out of the finished layer.
@@ -95,6 +109,13 @@ pub struct User {
     pub shell: PathBuf,
     /// Further groups.
     pub groups: Vec<String>,
+}
+
+/// A group without a user.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Group {
+    pub name: String,
+    pub id: u32,
 }
 
 /// systemd units by what becomes of them.
@@ -166,6 +187,7 @@ fn check_layer(
         description: check_text(source, "description", &raw.description)?,
         requires,
         packages: check_packages(source, &raw.packages)?,
+        provides: check_all(&raw.provides, &|text| check_provided(source, text))?,
         recommends: raw.recommends,
         exclude: check_all(&raw.exclude, &|text| check_pattern(source, "exclude", text))?,
         commands: check_all(&raw.commands, &|text| check_text(source, "commands", text))?,
@@ -181,8 +203,17 @@ fn check_layer(
             .collect::<Result<_>>()?,
         artifacts,
         users: check_users(source, &raw.user)?,
+        groups: raw
+            .group
+            .iter()
+            .map(|raw| {
+                let name = check_account(source, "group", &raw.name)?;
+                Ok(Group { name, id: check_id(source, "group", &raw.id)? })
+            })
+            .collect::<Result<_>>()?,
         variables: check_variables(source, raw.variables)?,
         initrd: initrd.map(|initrd| Initrd { files: trees.initrd, ..initrd }),
+        skeleton: trees.skeleton,
         files: trees.tree,
         boot: trees.boot,
     };
@@ -237,12 +268,7 @@ fn check_artifacts(source: &Source, raw: &[RawArtifact]) -> Result<Vec<Artifact>
 fn check_users(source: &Source, raw: &[RawUser]) -> Result<Vec<User>> {
     raw.iter()
         .map(|raw| {
-            let id = *raw.id.get_ref();
-            if !IDS.contains(&id) {
-                let error = source.error(raw.id.span(), format!("bad user id `{id}`"));
-                let help = format!("take one from {} to {}", IDS.start(), IDS.end());
-                return Err(error.help(help).into());
-            }
+            let id = check_id(source, "user", &raw.id)?;
             let path = |key: &str, text: &Option<Text>, default: &str| match text {
                 Some(text) => check_path(source, key, text),
                 None => Ok(PathBuf::from(default)),
@@ -261,6 +287,14 @@ fn check_users(source: &Source, raw: &[RawUser]) -> Result<Vec<User>> {
             })
         })
         .collect()
+}
+
+fn check_id(source: &Source, what: &str, id: &Spanned<u32>) -> Result<u32> {
+    if IDS.contains(id.get_ref()) {
+        return Ok(*id.get_ref());
+    }
+    let error = source.error(id.span(), format!("bad {what} id `{}`", id.get_ref()));
+    Err(error.help(format!("take one from {} to {}", IDS.start(), IDS.end())).into())
 }
 
 fn check_units(source: &Source, raw: &RawUnits) -> Result<Units> {

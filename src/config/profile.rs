@@ -12,6 +12,7 @@ use super::raw::{RawDisk, RawProfile, Text};
 use super::resolve::resolve_layers;
 use super::source::{Source, quote};
 use crate::error::find_nearest;
+use crate::output::Format;
 
 /// One image, resolved: nothing is left to look up in the project but the files' bytes.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -43,34 +44,6 @@ pub struct Disk {
     pub slot: u64,
     /// The EFI system partition.
     pub esp: u64,
-}
-
-/// What an image can be written as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Format {
-    Raw,
-    Qcow2,
-    Vmdk,
-    Ova,
-    Vhdx,
-    Vagrant,
-}
-
-impl Format {
-    pub const ALL: [Format; 6] =
-        [Format::Raw, Format::Qcow2, Format::Vmdk, Format::Ova, Format::Vhdx, Format::Vagrant];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Format::Raw => "raw",
-            Format::Qcow2 => "qcow2",
-            Format::Vmdk => "vmdk",
-            Format::Ova => "ova",
-            Format::Vhdx => "vhdx",
-            Format::Vagrant => "vagrant",
-        }
-    }
 }
 
 /// Read, check and resolve `profiles/<name>.toml`; it must exist.

@@ -19,6 +19,8 @@ pub(super) struct RawLayer {
     #[serde(default)]
     pub packages: Vec<Text>,
     #[serde(default)]
+    pub provides: Vec<Text>,
+    #[serde(default)]
     pub recommends: bool,
     #[serde(default)]
     pub exclude: Vec<Text>,
@@ -30,6 +32,8 @@ pub(super) struct RawLayer {
     pub artifact: Vec<RawArtifact>,
     #[serde(default)]
     pub user: Vec<RawUser>,
+    #[serde(default)]
+    pub group: Vec<RawGroup>,
     #[serde(default)]
     pub units: RawUnits,
     #[serde(default)]
@@ -69,6 +73,13 @@ pub(super) struct RawUser {
     pub shell: Option<Text>,
     #[serde(default)]
     pub groups: Vec<Text>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table with `name` and `id`")]
+pub(super) struct RawGroup {
+    pub name: Text,
+    pub id: Spanned<u32>,
 }
 
 #[derive(Deserialize, Default)]

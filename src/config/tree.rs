@@ -15,7 +15,7 @@ use super::source::{Source, quote};
 use crate::error::{UserError, find_nearest};
 
 /// What may stand in a layer's folder.
-const ENTRIES: [&str; 4] = ["layer.toml", "tree", "boot", "initrd"];
+const ENTRIES: [&str; 5] = ["layer.toml", "tree", "boot", "initrd", "skeleton"];
 /// Where the agent can write: the rest of the root is read-only.
 const BOOT_FOLDERS: [&str; 3] = ["etc", "run", "var"];
 /// Where an image holds what the agent renders at boot.
@@ -98,6 +98,7 @@ impl Owners {
 
 #[derive(Default)]
 pub(super) struct Trees {
+    pub skeleton: Vec<TreeFile>,
     pub tree: Vec<TreeFile>,
     pub boot: Vec<TreeFile>,
     pub initrd: Vec<TreeFile>,
@@ -153,6 +154,10 @@ pub(super) fn read_trees(
         match entry.as_str() {
             "tree" => tree = read_tree(root, &path)?,
             "boot" => boot = read_tree(root, &path)?,
+            "skeleton" => {
+                let entries = read_tree(root, &path)?;
+                trees.skeleton = lay(source, entries, &mut Owners::default())?;
+            }
             _ if !has_initrd => {
                 let error = UserError::new("`initrd/` without `[initrd]`").in_file(path);
                 let help = format!("write `[initrd]` into {}", source.path().display());

@@ -16,6 +16,8 @@ pub enum Format {
 }
 
 impl Format {
+    pub const ALL: [Format; 2] = [Format::Raw, Format::Qcow2];
+
     /// Of its files' names.
     pub fn extension(self) -> &'static str {
         match self {

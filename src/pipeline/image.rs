@@ -10,7 +10,8 @@ use super::manifest::Description;
 use super::source::{self, Source};
 use super::unpacked::{add_packages, unpack};
 use super::sets;
-use crate::config::layer::{FileKind, Layer, TreeFile};
+use crate::config::layer::Layer;
+use crate::config::tree::{TreeFile, TreeKind};
 use crate::config::profile::Profile;
 use crate::debian::release::format_date;
 use crate::digest::{Digest, Key};
@@ -53,9 +54,9 @@ impl ImageBuilder<'_> {
         config.modules.iter().for_each(|name| drop(key.add("module", name)));
         for file in &config.files {
             let content = match &file.kind {
-                FileKind::File { source, .. } => Digest::of_file(source)?,
-                FileKind::Symlink(to) => Digest::of(to.as_bytes()),
-                FileKind::Directory => Digest::of(b""),
+                TreeKind::File { source, .. } => Digest::of_file(&profile.root.join(source))?,
+                TreeKind::Symlink(to) => Digest::of(to.as_bytes()),
+                TreeKind::Directory { .. } => Digest::of(b""),
             };
             key.add(format!("file {} {:o}", file.target.display(), file.mode), content.as_bytes());
         }
@@ -71,7 +72,7 @@ impl ImageBuilder<'_> {
         let debs = source::fetch_set(self.source, self.lock, &set)?;
         unpack(self.source, self.lock, &set, &debs, &root)?;
         initrd::finish_tree(&root)?;
-        lay_files(&config.files, &root)?;
+        lay_files(&profile.root, &config.files, &root)?;
         initrd::install_modules(self.tools, &kernel.tree, &config.modules, &root)?;
         let archive = scratch.path().join("initrd.cpio.zst");
         initrd::write_archive(&root, self.lock.epoch, &archive)?;
@@ -266,24 +267,24 @@ fn find_kernel<'a>(diffs: &'a [Diff], layer: &Layer) -> Result<&'a Diff> {
 }
 
 /// Lay the layer's `initrd/` files over the tree; everything in an initrd is root's.
-fn lay_files(files: &[TreeFile], root: &Path) -> Result<()> {
+fn lay_files(project: &Path, files: &[TreeFile], root: &Path) -> Result<()> {
     use std::os::unix::fs::{PermissionsExt, symlink};
-    for file in &config.files {
+    for file in files {
         let path = root.join(file.target.strip_prefix("/").unwrap_or(&file.target));
         let lay = || -> std::io::Result<()> {
             if let Some(folder) = path.parent() {
                 fs::create_dir_all(folder)?;
             }
-            if !matches!(file.kind, FileKind::Directory) && path.symlink_metadata().is_ok() {
+            if !matches!(file.kind, TreeKind::Directory { .. }) && path.symlink_metadata().is_ok() {
                 fs::remove_file(&path)?;
             }
             match &file.kind {
-                FileKind::File { source, .. } => {
-                    fs::copy(source, &path)?;
+                TreeKind::File { source, .. } => {
+                    fs::copy(project.join(source), &path)?;
                     fs::set_permissions(&path, fs::Permissions::from_mode(file.mode))
                 }
-                FileKind::Symlink(to) => symlink(to, &path),
-                FileKind::Directory => fs::create_dir_all(&path),
+                TreeKind::Symlink(to) => symlink(to, &path),
+                TreeKind::Directory { .. } => fs::create_dir_all(&path),
             }
         };
         lay().with_context(|| format!("laying {} into the initrd", file.target.display()))?;

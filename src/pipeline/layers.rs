@@ -10,7 +10,8 @@ use serde_json::Value;
 use super::sets;
 use super::source::Source;
 use super::unpacked::add_packages;
-use crate::config::layer::{FileKind, Layer, TreeFile, User};
+use crate::config::layer::Layer;
+use crate::config::tree::{TreeFile, TreeKind};
 use crate::config::profile::Profile;
 use crate::digest::{Digest, Key};
 use crate::disk::guid::Guid;
@@ -80,7 +81,7 @@ impl LayerBuilder<'_> {
         let mut below = Below::default();
         for (index, layer) in profile.layers.iter().enumerate() {
             below.exclude = layer.exclude.clone();
-            below.accounts.extend(layer.users.iter().map(describe_account));
+            below.accounts.extend(list_accounts(layer));
             let set = sets::name_layer_set(profile, index);
             let built = [
                 self.build_packages(profile, layer, &set, &below)?,
@@ -103,18 +104,18 @@ impl LayerBuilder<'_> {
         below: &Below,
     ) -> Result<Option<Diff>> {
         let packages = self.lock.list_set(set)?;
-        if packages.is_empty() && layer.skeleton.is_empty() && layer.users.is_empty() {
+        if packages.is_empty() && layer.skeleton.is_empty() && list_accounts(layer).is_empty() {
             return Ok(None);
         }
         let mut key = self.begin_key("packages", PACKAGES_VERSION, layer, below);
         add_packages(&mut key, &packages);
         layer.provides.iter().for_each(|name| drop(key.add("provides", name)));
         let variables = serde_json::to_value(&profile.variables)?;
-        self.place(&layer.skeleton, &variables, None, &mut key)?;
+        self.place(profile, &layer.skeleton, &variables, None, &mut key)?;
 
         self.provide(layer, "packages", key, below, |scratch| {
             let skeleton =
-                self.place(&layer.skeleton, &variables, Some(scratch), &mut Key::default())?;
+                self.place(profile, &layer.skeleton, &variables, Some(scratch), &mut Key::default())?;
             let job = PackagesJob {
                 common: self.describe_common(layer, below, scratch),
                 debs: packages
@@ -151,7 +152,7 @@ impl LayerBuilder<'_> {
         }
         let variables = serde_json::to_value(&profile.variables)?;
         let mut key = self.begin_key("files", FILES_VERSION, layer, below);
-        self.place(&files, &variables, None, &mut key)?;
+        self.place(profile, &files, &variables, None, &mut key)?;
         for artifact in &layer.artifacts {
             key.add(format!("artifact {}", artifact.name), artifact.sha256.as_bytes());
             key.add("artifact path", artifact.path.as_os_str().as_encoded_bytes());
@@ -167,14 +168,14 @@ impl LayerBuilder<'_> {
         self.provide(layer, "files", key, below, |scratch| {
             let job = FilesJob {
                 common: self.describe_common(layer, below, scratch),
-                files: self.place(&files, &variables, Some(scratch), &mut Key::default())?,
+                files: self.place(profile, &files, &variables, Some(scratch), &mut Key::default())?,
                 artifacts: layer
                     .artifacts
                     .iter()
                     .map(|artifact| Artifact {
                         path: self.source.store.file_path(&artifact.sha256),
                         target: artifact.path.clone(),
-                        unpack: artifact.unpack.then_some(artifact.strip),
+                        unpack: artifact.unpack.then_some(artifact.strip as usize),
                     })
                     .collect(),
                 enable: units.enable.clone(),
@@ -217,6 +218,7 @@ impl LayerBuilder<'_> {
     /// `scratch` the results are written there.
     fn place(
         &self,
+        profile: &Profile,
         files: &[TreeFile],
         variables: &Value,
         scratch: Option<&Path>,
@@ -226,7 +228,8 @@ impl LayerBuilder<'_> {
         for (number, file) in files.iter().enumerate() {
             let name = file.target.display();
             let kind = match &file.kind {
-                FileKind::File { source, template } => {
+                TreeKind::File { source, template } => {
+                    let source = &profile.root.join(source);
                     let from = if *template {
                         let text = fs::read_to_string(source)
                             .with_context(|| format!("reading {}", source.display()))?;
@@ -247,13 +250,13 @@ impl LayerBuilder<'_> {
                     };
                     PlacedKind::File(from)
                 }
-                FileKind::Symlink(to) => {
+                TreeKind::Symlink(to) => {
                     key.add(format!("link {name}"), to);
                     PlacedKind::Link(to.into())
                 }
-                FileKind::Directory => {
-                    key.add(format!("directory {name}"), "");
-                    PlacedKind::Directory
+                TreeKind::Directory { keep_existing } => {
+                    key.add(format!("directory {name}"), [u8::from(*keep_existing)]);
+                    PlacedKind::Directory { keep_existing: *keep_existing }
                 }
             };
             key.add(
@@ -370,13 +373,20 @@ fn open_diff(name: String, layer: &Layer, key: Key, entry: &Path, cached: bool) 
     })
 }
 
-fn describe_account(user: &User) -> Account {
+/// Groups first: users may be in them.
+fn list_accounts(layer: &Layer) -> Vec<Account> {
     let show = |path: &Path| path.to_string_lossy().into_owned();
-    let fields = UserFields { home: show(&user.home), shell: show(&user.shell) };
-    Account {
+    let groups = layer.groups.iter().map(|group| Account {
+        name: group.name.clone(),
+        id: group.id,
+        user: None,
+        groups: Vec::new(),
+    });
+    let users = layer.users.iter().map(|user| Account {
         name: user.name.clone(),
         id: user.id,
-        user: (!user.group_only).then_some(fields),
+        user: Some(UserFields { home: show(&user.home), shell: show(&user.shell) }),
         groups: user.groups.clone(),
-    }
+    });
+    groups.chain(users).collect()
 }

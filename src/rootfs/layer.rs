@@ -96,7 +96,7 @@ pub enum PlacedKind {
     /// Copied from this path of the host.
     File(PathBuf),
     Link(PathBuf),
-    Directory,
+    Directory { keep_existing: bool },
 }
 
 /// A file from outside, already in the store.
@@ -330,8 +330,13 @@ fn place_file(root: &Path, walker: &mut Walker<'_>, file: &Placed) -> Result<()>
     let there = fs::symlink_metadata(&path).ok();
     let (uid, gid) = accounts::find_ids(root, &file.owner, &file.group)?;
     match &file.kind {
-        PlacedKind::Directory if there.as_ref().is_some_and(fs::Metadata::is_dir) => {}
-        PlacedKind::Directory => fs::create_dir(&path)?,
+        PlacedKind::Directory { keep_existing } => {
+            match there.as_ref().is_some_and(fs::Metadata::is_dir) {
+                true if *keep_existing => return Ok(()),
+                true => {}
+                false => fs::create_dir(&path)?,
+            }
+        }
         PlacedKind::File(from) => {
             if there.is_some() {
                 fs::remove_file(&path)?;
@@ -356,7 +361,7 @@ fn place_file(root: &Path, walker: &mut Walker<'_>, file: &Placed) -> Result<()>
 
 fn place_artifact(root: &Path, artifact: &Artifact) -> Result<()> {
     let kind = match artifact.unpack {
-        Some(_) => PlacedKind::Directory,
+        Some(_) => PlacedKind::Directory { keep_existing: true },
         None => PlacedKind::File(artifact.path.clone()),
     };
     let mode = if artifact.unpack.is_some() { 0o755 } else { 0o644 };
