@@ -320,4 +320,4 @@ fn check_global(raw: impl Read) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -305,4 +305,4 @@ impl<R: Read> Read for Limited<R> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
