@@ -13,7 +13,7 @@ pub struct Args {
 }
 
 pub fn run(context: &Context, args: Args) -> Result<()> {
-    let report = inspect::inspect(&args.image)?;
+    let report = inspect::inspect(&args.image, None)?;
     match context.json {
         true => println!("{}", serde_json::to_string(&report)?),
         false => print!("{report}"),

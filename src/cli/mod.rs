@@ -58,10 +58,7 @@ pub struct Context {
 impl Context {
     /// The project that `--project` names, or the one this directory lies in.
     pub fn find_project(&self) -> Result<Project> {
-        match &self.project {
-            Some(path) => Project::open(path),
-            None => Project::find(Path::new(".")),
-        }
+        Project::find(self.project.as_deref().unwrap_or(Path::new(".")))
     }
 }
 

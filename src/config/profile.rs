@@ -73,7 +73,7 @@ pub(super) fn read_profile(root: &Path, name: &str) -> Result<Profile> {
 }
 
 fn check_formats(source: &Source, texts: &[Text]) -> Result<Vec<Format>> {
-    let names = || Format::ALL.iter().map(|format| format.name());
+    let names = || Format::ALL.iter().map(|format| format.extension());
     check_unique(
         source,
         "format",
@@ -83,7 +83,7 @@ fn check_formats(source: &Source, texts: &[Text]) -> Result<Vec<Format>> {
         .iter()
         .map(|text| {
             let name = text.get_ref();
-            if let Some(format) = Format::ALL.into_iter().find(|format| format.name() == name) {
+            if let Some(format) = Format::ALL.into_iter().find(|format| format.extension() == name) {
                 return Ok(format);
             }
             let error = source.error(text.span(), format!("there is no format {}", quote(name)));

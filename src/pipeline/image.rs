@@ -51,7 +51,7 @@ impl ImageBuilder<'_> {
         key.add("kernel", kernel.key.digest().as_bytes());
         key.add("epoch", self.lock.epoch.to_string());
         add_packages(&mut key, &self.lock.list_set(&set)?);
-        config.modules.iter().for_each(|name| drop(key.add("module", name)));
+        config.modules.iter().for_each(|name| { key.add("module", name); });
         for file in &config.files {
             let content = match &file.kind {
                 TreeKind::File { source, .. } => Digest::of_file(&profile.root.join(source))?,

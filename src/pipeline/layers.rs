@@ -109,7 +109,7 @@ impl LayerBuilder<'_> {
         }
         let mut key = self.begin_key("packages", PACKAGES_VERSION, layer, below);
         add_packages(&mut key, &packages);
-        layer.provides.iter().for_each(|name| drop(key.add("provides", name)));
+        layer.provides.iter().for_each(|name| { key.add("provides", name); });
         let variables = serde_json::to_value(&profile.variables)?;
         self.place(profile, &layer.skeleton, &variables, None, &mut key)?;
 
@@ -161,9 +161,9 @@ impl LayerBuilder<'_> {
         for (what, names) in
             [("enable", &units.enable), ("disable", &units.disable), ("mask", &units.mask)]
         {
-            names.iter().for_each(|unit| drop(key.add(format!("{what} {unit}"), "")));
+            names.iter().for_each(|unit| { key.add(format!("{what} {unit}"), ""); });
         }
-        layer.commands.iter().for_each(|command| drop(key.add("command", command)));
+        layer.commands.iter().for_each(|command| { key.add("command", command); });
 
         self.provide(layer, "files", key, below, |scratch| {
             let job = FilesJob {
@@ -194,8 +194,8 @@ impl LayerBuilder<'_> {
         key.add("below", below.key.map(|key| key.to_string()).unwrap_or_default());
         key.add("epoch", self.lock.epoch.to_string());
         key.add("tools", self.tools.name());
-        below.exclude.iter().for_each(|glob| drop(key.add("exclude", glob)));
-        layer.remove.iter().for_each(|remove| drop(key.add("remove", &remove.path)));
+        below.exclude.iter().for_each(|glob| { key.add("exclude", glob); });
+        layer.remove.iter().for_each(|remove| { key.add("remove", &remove.path); });
         for account in &below.accounts {
             key.add(format!("account {}", account.name), format!("{account:?}"));
         }

@@ -267,5 +267,5 @@ fn load_all(project: &Project) -> Result<Vec<Profile>> {
 }
 
 pub fn lock_path(project: &Project) -> PathBuf {
-    project.root().join(lock::FILE_NAME)
+    project.root.join(lock::FILE_NAME)
 }

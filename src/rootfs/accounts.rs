@@ -74,7 +74,7 @@ fn add_line(root: &Path, file: &str, name: &str, rest: &str) -> Result<()> {
 fn join_group(root: &Path, group: &str, user: &str) -> Result<()> {
     let mut found = false;
     edit(root, "etc/group", |text| {
-        let join = |line: &str| {
+        let mut join = |line: &str| {
             let mut fields: Vec<&str> = line.split(':').collect();
             if fields.len() != 4 || fields[0] != group {
                 return line.to_string();

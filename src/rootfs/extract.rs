@@ -20,7 +20,7 @@ use super::exclude::Excludes;
 use super::installed::{Facts, Installed};
 use super::place::open_root;
 use super::unpacker::{Owners, Unpacker, set_folder};
-use crate::debian::archive::{self, show};
+use crate::debian::archive::{self, Entry, Kind, show};
 use crate::debian::deb822;
 use crate::debian::package::{self, ControlMembers};
 
@@ -128,12 +128,14 @@ pub fn unpack_all(debs: &[DebFile], root: &Path, options: &Options<'_>) -> Resul
 }
 
 /// Unpacks a tar archive that is no package ([`package::open_tar`]) into `root`, as files
-/// of root; `name` is for messages. Returns how many entries it had. What is there
-/// already stays, unless an entry is a file or link of the same path.
+/// of root; `name` is for messages. The first `strip` parts of every path are dropped, and
+/// what has no more than those. Returns how many entries it had. What is there already
+/// stays, unless an entry is a file or link of the same path.
 pub fn unpack_tar(
     tar: tar::Archive<package::Stream<'_>>,
     name: &str,
     root: &Path,
+    strip: usize,
     purpose: Purpose,
 ) -> Result<usize> {
     let root = open_root(root)?;
@@ -146,12 +148,28 @@ pub fn unpack_tar(
     let unpack = || -> Result<usize> {
         let excludes = Excludes::default();
         let mut unpacker = Unpacker::new(&root, &claims, &installed, &excludes, owners, 0, name)?;
-        archive::read_entries(tar, |entry, content| unpacker.place(entry, content))?;
+        archive::read_entries(tar, |entry, content| match strip_entry(entry, strip) {
+            Some(entry) => unpacker.place(&entry, content),
+            None => Ok(()),
+        })?;
         let count = unpacker.into_placed().list.len();
         set_folders(&root, &claims, owners)?;
         Ok(count)
     };
     unpack().map_err(package::lift_user_error).with_context(|| format!("unpacking {name}"))
+}
+
+/// The entry without the first `strip` parts of its path and of what a hard link names.
+fn strip_entry(entry: &Entry, strip: usize) -> Option<Entry> {
+    let shorten = |path: &[u8]| {
+        let rest: Vec<&[u8]> = path.split(|byte| *byte == b'/').skip(strip).collect();
+        (!rest.is_empty()).then(|| rest.join(&b'/'))
+    };
+    let kind = match &entry.kind {
+        Kind::HardLink(target) => Kind::HardLink(shorten(target)?),
+        kind => kind.clone(),
+    };
+    Some(Entry { path: shorten(&entry.path)?, kind, ..entry.clone() })
 }
 
 /// What one package left: [`Unpacked`] before contests are settled.
