@@ -74,6 +74,13 @@ struct Below {
     accounts: Vec<Account>,
 }
 
+impl Below {
+    fn push(&mut self, diff: &Diff) {
+        self.trees.push(diff.tree.clone());
+        self.key = Some(diff.key.digest());
+    }
+}
+
 impl LayerBuilder<'_> {
     /// All diffs of the profile, bottom first.
     pub fn build(&self, profile: &Profile) -> Result<Vec<Diff>> {
@@ -83,15 +90,12 @@ impl LayerBuilder<'_> {
             below.exclude = layer.exclude.clone();
             below.accounts.extend(list_accounts(layer));
             let set = sets::name_layer_set(profile, index);
-            let built = [
-                self.build_packages(profile, layer, &set, &below)?,
-                self.build_files(profile, layer, &below)?,
-            ];
-            for diff in built.into_iter().flatten() {
-                below.trees.push(diff.tree.clone());
-                below.key = Some(diff.key.digest());
-                diffs.push(diff);
-            }
+            let packages = self.build_packages(profile, layer, &set, &below)?;
+            packages.iter().for_each(|diff| below.push(diff));
+            diffs.extend(packages);
+            let files = self.build_files(profile, layer, &below)?;
+            files.iter().for_each(|diff| below.push(diff));
+            diffs.extend(files);
         }
         Ok(diffs)
     }

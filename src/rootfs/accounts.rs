@@ -53,7 +53,8 @@ pub fn add(root: &Path, accounts: &[Account]) -> Result<()> {
         if let Some(UserFields { home, shell }) = &account.user {
             let rest = format!(":x:{0}:{0}::{home}:{shell}", account.id);
             add_line(root, "etc/passwd", &account.name, &rest)?;
-            add_line(root, "etc/shadow", &account.name, ":!*:0::::::")?;
+            // Day 0 would mean that the password must be changed at once.
+            add_line(root, "etc/shadow", &account.name, ":!*:1::::::")?;
         }
         for group in &account.groups {
             join_group(root, group, &account.name)?;

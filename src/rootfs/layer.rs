@@ -18,7 +18,7 @@ use super::accounts::{self, Account};
 use super::exclude::Excludes;
 use super::extract::{self, DebFile, Purpose, Unpacked};
 use super::place::{self, Walker};
-use super::{dpkg, seal, stand_in};
+use super::{diversions, dpkg, seal, stand_in};
 use crate::command::Failed;
 use crate::debian::package;
 use crate::digest::Digest;
@@ -185,7 +185,7 @@ fn configure(
     if unpacked.is_empty() {
         return Ok(());
     }
-    let diversions = read_diversions(root)?;
+    let before = diversions::read(root)?;
     for (package, script) in list_preinsts(root, unpacked) {
         inside.say(&format!("preparing {package}"))?;
         let program = Program::new(script)
@@ -199,15 +199,7 @@ fn configure(
             explain_failure(job, error, &format!("the preinst of package `{package}`"))
         })?;
     }
-    if read_diversions(root)? != diversions {
-        return Err(UserError::new(format!(
-            "a package of layer `{}` diverts files of another before it is unpacked",
-            job.common.layer
-        ))
-        .why("packages are unpacked in parallel, before any of their scripts runs")
-        .help("leave the package out, or move what it needs into the layer's tree")
-        .into());
-    }
+    diversions::settle(root, &before, unpacked)?;
     inside.say("configuring")?;
     let program = Program::new("dpkg").args(["--configure", "--pending", "--force-confold", "--force-unsafe-io"]);
     inside
@@ -234,13 +226,6 @@ fn list_preinsts(root: &Path, unpacked: &[Unpacked]) -> Vec<(String, String)> {
             })
         })
         .collect()
-}
-
-fn read_diversions(root: &Path) -> Result<Vec<u8>> {
-    match fs::read(root.join("var/lib/dpkg/diversions")) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
-        other => other.context("reading dpkg's diversions"),
-    }
 }
 
 fn write_policy(root: &Path) -> Result<()> {

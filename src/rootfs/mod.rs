@@ -2,6 +2,7 @@
 
 pub mod accounts;
 mod claims;
+mod diversions;
 pub mod dpkg;
 pub mod exclude;
 pub mod extract;
