@@ -39,7 +39,8 @@ impl Apt {
         make("etc/apt/sources.list", &sources);
         make("etc/apt/preferences", "");
         make("var/lib/dpkg/status", status);
-        for path in ["var/lib/apt/lists/partial", "var/cache/apt/archives/partial", "etc/apt/apt.conf.d"]
+        for path in
+            ["var/lib/apt/lists/partial", "var/cache/apt/archives/partial", "etc/apt/apt.conf.d"]
         {
             fs::create_dir_all(root.path().join(path)).unwrap();
         }
