@@ -1,6 +1,7 @@
 //! The order of choices that apt-get has (`pkgDepCache::MarkInstall` in its
 //! depcache.cc): depth first; what is there already satisfies; else the first
-//! alternative that can be installed; no choice is taken back later.
+//! alternative that can be installed; a choice is taken back only where a later one
+//! conflicts with it.
 
 use std::collections::{HashMap, HashSet};
 
@@ -20,6 +21,7 @@ pub fn choose(problem: &mut Problem<'_>) -> Result<Option<Vec<Id>>> {
         settled: HashSet::new(),
         forbidden: HashSet::new(),
         dead: HashSet::new(),
+        active: HashSet::new(),
         is_too_deep: false,
         problem,
     };
@@ -59,6 +61,8 @@ struct Greedy<'p, 'a> {
     forbidden: HashSet<Id>,
     /// What was tried in vain.
     dead: HashSet<Id>,
+    /// What is being completed.
+    active: HashSet<Id>,
     is_too_deep: bool,
 }
 
@@ -102,6 +106,25 @@ impl Greedy<'_, '_> {
         Ok(exclusions.iter().any(|exclusion| self.is_chosen(exclusion.other)))
     }
 
+    /// Take back what a package cannot be with, unless that is settled or in the making:
+    /// a later choice goes before an earlier one.
+    fn make_room(&mut self, id: Id) -> Result<bool> {
+        for exclusion in self.problem.exclusions(id)?.iter() {
+            let other = exclusion.other;
+            if !self.is_chosen(other) {
+                continue;
+            }
+            let is_firm = self.settled.contains(&other)
+                || self.active.contains(&other)
+                || self.problem.is_installed(other);
+            if is_firm {
+                return Ok(false);
+            }
+            self.take_back(other)?;
+        }
+        Ok(true)
+    }
+
     /// Choose all that a chosen package needs; `false` where that cannot be.
     fn complete(&mut self, id: Id, depth: usize) -> Result<bool> {
         if self.problem.is_installed(id) {
@@ -113,13 +136,19 @@ impl Greedy<'_, '_> {
         }
         let is_settled = self.settled.contains(&id);
         if is_settled {
-            for exclusion in self.problem.exclusions(id)?.iter() {
-                if self.is_chosen(exclusion.other) {
-                    return Ok(false);
-                }
-                self.forbidden.insert(exclusion.other);
+            if !self.make_room(id)? {
+                return Ok(false);
             }
+            let exclusions = self.problem.exclusions(id)?;
+            self.forbidden.extend(exclusions.iter().map(|exclusion| exclusion.other));
         }
+        self.active.insert(id);
+        let is_complete = self.meet_needs(id, is_settled, depth)?;
+        self.active.remove(&id);
+        Ok(is_complete)
+    }
+
+    fn meet_needs(&mut self, id: Id, is_settled: bool, depth: usize) -> Result<bool> {
         let groups = self.problem.groups(id)?;
         // What is satisfied before the first choice stays so.
         let open: Vec<&Group<'_>> =
@@ -165,7 +194,7 @@ impl Greedy<'_, '_> {
             self.dead.insert(id);
             return Ok(false);
         }
-        if self.is_excluded(id)? {
+        if !self.make_room(id)? || self.is_excluded(id)? {
             return Ok(false);
         }
         self.place(id)?;

@@ -253,7 +253,8 @@ impl<'a> Problem<'a> {
     /// then by priority, and at last what is met later in the lists.
     fn rank_provider(&self, name: &str, id: Id) -> impl Ord + use<> {
         let package = self.package(id);
-        let priorities = ["required", "important", "standard", "optional"];
+        // Without a priority a package goes first: apt counts it as 0.
+        let priorities = ["", "required", "important", "standard", "optional"];
         let priority = priorities.iter().position(|priority| package.priority == *priority);
         (
             package.name != name,

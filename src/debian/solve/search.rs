@@ -279,7 +279,9 @@ impl Search<'_, '_> {
             }
             let literals = group.choices().map(Literal::yes).chain([Literal::no(id)]).collect();
             let found = self.add(literals, Origin::Cause(Cause::Needs(id, place)));
-            conflict = conflict.or(found);
+            // A clause of one literal is watched by nobody: it must be learnt from now.
+            let is_single = found.is_some_and(|found| self.clauses[found].literals.len() == 1);
+            conflict = if is_single { found } else { conflict.or(found) };
         }
         Ok(conflict)
     }
