@@ -343,6 +343,21 @@ fn works(packages: &[&Package]) -> bool {
         })
 }
 
+/// Whether a set of packages, one bit each, is in keeping with all the causes.
+fn obeys(problem: &mut Problem<'_>, causes: &[search::Cause], set: u32) -> bool {
+    let has = |id: universe::Id| set >> id & 1 == 1;
+    causes.iter().all(|cause| match *cause {
+        search::Cause::Wanted(place) => problem.wanted[place].choices.iter().any(|id| has(*id)),
+        search::Cause::Needs(id, place) => {
+            !has(id) || problem.groups(id).unwrap()[place].choices().any(has)
+        }
+        search::Cause::Excludes(id, place) => {
+            !has(id) || !has(problem.exclusions(id).unwrap()[place].other)
+        }
+        search::Cause::OneVersion(a, b) => !has(a) || !has(b),
+    })
+}
+
 const NAMES: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
 
 fn relation() -> impl Strategy<Value = String> {
@@ -422,6 +437,10 @@ proptest! {
                 let (what, why) = text.split_once("\n  why: ").unwrap();
                 let names_one = wanted.iter().any(|name| what.contains(&format!("`{name}`")));
                 prop_assert!(names_one && !why.starts_with('\n'), "{text}");
+                let mut problem = Problem::new(&universe, &request).unwrap();
+                let core = search::search(&mut problem).unwrap().unwrap_err();
+                let set = (0..1u32 << packages.len()).find(|set| obeys(&mut problem, &core, *set));
+                prop_assert_eq!(set, None, "{:?} explains nothing", core);
             }
         }
     }
