@@ -28,6 +28,10 @@ pub struct Package {
     pub recommends: Relations,
     pub conflicts: Relations,
     pub breaks: Relations,
+    /// This and the next two matter only for the order in which names are first met.
+    pub suggests: Relations,
+    pub replaces: Relations,
+    pub enhances: Relations,
     /// Names that it stands in for, some with the version that it stands in for.
     pub provides: Vec<(String, Option<Version>)>,
     /// Where the archive keeps it, relative to the repository's root.
@@ -88,6 +92,9 @@ fn parse_package(paragraph: &Paragraph<'_>, suite: &str) -> Result<Package> {
         recommends: relations("Recommends"),
         conflicts: relations("Conflicts"),
         breaks: relations("Breaks"),
+        suggests: relations("Suggests"),
+        replaces: relations("Replaces"),
+        enhances: relations("Enhances"),
         provides: parse_provides(paragraph.get("Provides").unwrap_or(""))?,
         path: check_path(paragraph.require("Filename")?)?.to_string(),
         size: parse_number("Size", paragraph.require("Size")?)?,

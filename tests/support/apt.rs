@@ -39,7 +39,8 @@ impl Apt {
         make("etc/apt/sources.list", &sources);
         make("etc/apt/preferences", "");
         make("var/lib/dpkg/status", status);
-        for path in ["var/lib/apt/lists/partial", "var/cache/apt/archives/partial", "etc/apt/apt.conf.d"]
+        for path in
+            ["var/lib/apt/lists/partial", "var/cache/apt/archives/partial", "etc/apt/apt.conf.d"]
         {
             fs::create_dir_all(root.path().join(path)).unwrap();
         }
@@ -51,8 +52,13 @@ impl Apt {
 
     /// What `apt-get install` of these names would add.
     pub fn solve(&self, wanted: &[String], recommends: bool) -> Answer {
-        let recommends = format!("APT::Install-Recommends={recommends}");
-        let command = self.command().args(["-s", "-o", &recommends, "install"]).args(wanted);
+        // The second: nothing stays that was tried in vain and is only recommended.
+        let options = [
+            format!("APT::Install-Recommends={recommends}"),
+            format!("APT::AutoRemove::RecommendsImportant={recommends}"),
+        ];
+        let options = options.iter().flat_map(|option| ["-o", option]);
+        let command = self.command().arg("-s").args(options).arg("install").args(wanted);
         let output = match command.run() {
             Ok(output) => output,
             Err(error) => match error.downcast::<Failed>() {
@@ -91,6 +97,7 @@ APT::Architecture "amd64";
 APT::Architectures "amd64";
 APT::Sandbox::User "root";
 APT::Install-Suggests "false";
+APT::AutoRemove::SuggestsImportant "false";
 APT::Solver "internal";
 Acquire::Languages "none";
 pkgCacheGen::ForceEssential ",";

@@ -155,20 +155,19 @@ fn find_ways<'a>(problem: &mut Problem<'a>, core: &[Cause]) -> Result<Ways<'a>> 
 /// `a → b → c 1.0`
 fn describe_way(problem: &Problem<'_>, ways: &Ways<'_>, id: Id) -> String {
     let package = problem.package(id);
-    let mut names = vec![format!("`{} {}`", package.name, package.version)];
+    let mut steps = Vec::new();
+    let mut label = format!("`{} {}`", package.name, package.version);
     let mut at = id;
     while let Some(Some((parent, relation))) = ways.get(&at) {
-        let child = &problem.package(at).name;
-        let parent_name = &problem.package(*parent).name;
-        names.push(if relation.name == child {
-            format!("`{parent_name}`")
-        } else {
-            format!("`{parent_name}` (as `{}`)", relation.name)
-        });
+        if relation.name != problem.package(at).name {
+            label += &format!(" (as `{}`)", relation.name);
+        }
         at = *parent;
+        steps.push(std::mem::replace(&mut label, format!("`{}`", problem.package(at).name)));
     }
-    names.reverse();
-    let way = names.join(" → ");
+    steps.push(label);
+    steps.reverse();
+    let way = steps.join(" → ");
     if problem.is_installed(id) { format!("{way}, which is there already,") } else { way }
 }
 

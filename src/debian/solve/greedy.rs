@@ -1,6 +1,7 @@
 //! The order of choices that apt-get has (`pkgDepCache::MarkInstall` in its
 //! depcache.cc): depth first; what is there already satisfies; else the first
-//! alternative that can be installed; no choice is taken back later.
+//! alternative that can be installed; a choice is taken back only where a later one
+//! conflicts with it.
 
 use std::collections::{HashMap, HashSet};
 
@@ -16,18 +17,17 @@ const MAX_DEPTH: usize = 500;
 pub fn choose(problem: &mut Problem<'_>) -> Result<Option<Vec<Id>>> {
     let mut greedy = Greedy {
         chosen: HashMap::new(),
-        order: Vec::new(),
         excluded: HashMap::new(),
         settled: HashSet::new(),
         forbidden: HashSet::new(),
         dead: HashSet::new(),
+        active: HashSet::new(),
         is_too_deep: false,
         problem,
     };
     for id in greedy.problem.installed() {
         greedy.place(id)?;
     }
-    let installed = greedy.order.len();
     let wanted: Vec<Id> =
         greedy.problem.wanted.iter().filter_map(|want| want.choices.first().copied()).collect();
     for id in &wanted {
@@ -43,17 +43,16 @@ pub fn choose(problem: &mut Problem<'_>) -> Result<Option<Vec<Id>>> {
             return Ok(None);
         }
     }
-    if greedy.is_too_deep || !greedy.is_sound(installed)? {
+    if greedy.is_too_deep {
         return Ok(None);
     }
-    Ok(Some(greedy.order.split_off(installed)))
+    let solution = greedy.collect(&wanted)?;
+    Ok(greedy.is_sound(&solution)?.then_some(solution))
 }
 
 struct Greedy<'p, 'a> {
     problem: &'p mut Problem<'a>,
     chosen: HashMap<&'a str, Id>,
-    /// What is chosen, in the order of choice.
-    order: Vec<Id>,
     /// What something chosen cannot be with, and how many say so.
     excluded: HashMap<Id, u32>,
     /// What is wanted, and what that cannot do without.
@@ -62,6 +61,8 @@ struct Greedy<'p, 'a> {
     forbidden: HashSet<Id>,
     /// What was tried in vain.
     dead: HashSet<Id>,
+    /// What is being completed.
+    active: HashSet<Id>,
     is_too_deep: bool,
 }
 
@@ -80,21 +81,18 @@ impl Greedy<'_, '_> {
 
     fn place(&mut self, id: Id) -> Result<()> {
         self.chosen.insert(&self.problem.package(id).name, id);
-        self.order.push(id);
         for exclusion in self.problem.exclusions(id)?.iter() {
             *self.excluded.entry(exclusion.other).or_default() += 1;
         }
         Ok(())
     }
 
-    fn take_back(&mut self, length: usize) -> Result<()> {
-        for id in self.order.split_off(length) {
-            self.chosen.remove(self.problem.package(id).name.as_str());
-            self.settled.remove(&id);
-            for exclusion in self.problem.exclusions(id)?.iter() {
-                if let Some(count) = self.excluded.get_mut(&exclusion.other) {
-                    *count -= 1;
-                }
+    fn take_back(&mut self, id: Id) -> Result<()> {
+        self.chosen.remove(self.problem.package(id).name.as_str());
+        self.settled.remove(&id);
+        for exclusion in self.problem.exclusions(id)?.iter() {
+            if let Some(count) = self.excluded.get_mut(&exclusion.other) {
+                *count -= 1;
             }
         }
         Ok(())
@@ -108,8 +106,26 @@ impl Greedy<'_, '_> {
         Ok(exclusions.iter().any(|exclusion| self.is_chosen(exclusion.other)))
     }
 
-    /// Install all that a chosen package needs. Otherwise `false`, with choices left over
-    /// for the caller to take back.
+    /// Take back what a package cannot be with, unless that is settled or in the making:
+    /// a later choice goes before an earlier one.
+    fn make_room(&mut self, id: Id) -> Result<bool> {
+        for exclusion in self.problem.exclusions(id)?.iter() {
+            let other = exclusion.other;
+            if !self.is_chosen(other) {
+                continue;
+            }
+            let is_firm = self.settled.contains(&other)
+                || self.active.contains(&other)
+                || self.problem.is_installed(other);
+            if is_firm {
+                return Ok(false);
+            }
+            self.take_back(other)?;
+        }
+        Ok(true)
+    }
+
+    /// Choose all that a chosen package needs; `false` where that cannot be.
     fn complete(&mut self, id: Id, depth: usize) -> Result<bool> {
         if self.problem.is_installed(id) {
             return Ok(true);
@@ -120,13 +136,19 @@ impl Greedy<'_, '_> {
         }
         let is_settled = self.settled.contains(&id);
         if is_settled {
-            for exclusion in self.problem.exclusions(id)?.iter() {
-                if self.is_chosen(exclusion.other) {
-                    return Ok(false);
-                }
-                self.forbidden.insert(exclusion.other);
+            if !self.make_room(id)? {
+                return Ok(false);
             }
+            let exclusions = self.problem.exclusions(id)?;
+            self.forbidden.extend(exclusions.iter().map(|exclusion| exclusion.other));
         }
+        self.active.insert(id);
+        let is_complete = self.meet_needs(id, is_settled, depth)?;
+        self.active.remove(&id);
+        Ok(is_complete)
+    }
+
+    fn meet_needs(&mut self, id: Id, is_settled: bool, depth: usize) -> Result<bool> {
         let groups = self.problem.groups(id)?;
         // What is satisfied before the first choice stays so.
         let open: Vec<&Group<'_>> =
@@ -157,7 +179,8 @@ impl Greedy<'_, '_> {
         Ok(true)
     }
 
-    /// Choose a package with all that it needs, or change nothing and return `false`.
+    /// Choose a package with all that it needs. Otherwise `false`; what was chosen on the
+    /// way stays, and can satisfy others.
     fn install(&mut self, id: Id, settle: bool, depth: usize) -> Result<bool> {
         if let Some(chosen) = self.find_chosen(id) {
             return Ok(chosen == id);
@@ -165,17 +188,15 @@ impl Greedy<'_, '_> {
         if self.dead.contains(&id) {
             return Ok(false);
         }
-        for group in self.problem.groups(id)?.iter().filter(|group| group.is_hard()) {
-            let is_usable = |id: &Id| !self.dead.contains(id) && !self.forbidden.contains(id);
-            if !group.candidates.iter().any(is_usable) {
-                self.dead.insert(id);
-                return Ok(false);
-            }
-        }
-        if self.is_excluded(id)? {
+        // Like apt, see here only what could never be, not what was tried in vain.
+        let groups = self.problem.groups(id)?;
+        if groups.iter().any(|group| group.is_hard() && group.candidates.is_empty()) {
+            self.dead.insert(id);
             return Ok(false);
         }
-        let length = self.order.len();
+        if !self.make_room(id)? || self.is_excluded(id)? {
+            return Ok(false);
+        }
         self.place(id)?;
         if settle {
             self.settled.insert(id);
@@ -183,18 +204,33 @@ impl Greedy<'_, '_> {
         if self.complete(id, depth)? {
             return Ok(true);
         }
-        self.take_back(length)?;
+        self.take_back(id)?;
         self.dead.insert(id);
         Ok(false)
     }
 
-    /// Whether everything that was added works.
-    fn is_sound(&mut self, installed: usize) -> Result<bool> {
-        for place in installed..self.order.len() {
-            let id = self.order[place];
-            let groups = self.problem.groups(id)?;
+    /// What is chosen and of use: not what was left by a choice that failed.
+    fn collect(&mut self, wanted: &[Id]) -> Result<Vec<Id>> {
+        let mut solution = Vec::new();
+        let mut seen = HashSet::new();
+        let mut open = wanted.to_vec();
+        while let Some(id) = open.pop() {
+            if self.problem.is_installed(id) || !seen.insert(id) {
+                continue;
+            }
+            solution.push(id);
+            for group in self.problem.groups(id)?.iter() {
+                open.extend(group.choices().filter(|id| self.is_chosen(*id)));
+            }
+        }
+        Ok(solution)
+    }
+
+    fn is_sound(&mut self, solution: &[Id]) -> Result<bool> {
+        for id in solution {
+            let groups = self.problem.groups(*id)?;
             let is_broken = groups.iter().any(|group| group.is_hard() && !self.is_satisfied(group));
-            if is_broken || self.is_excluded(id)? {
+            if is_broken || self.is_excluded(*id)? {
                 return Ok(false);
             }
         }

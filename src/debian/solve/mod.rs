@@ -1,10 +1,9 @@
 //! Which packages must be added to an image so that what was asked for works.
 //!
-//! First the order of choices that apt-get has, without going back on a choice
-//! ([`greedy`]); it ends with what apt would install. Where that runs into a conflict, a
-//! complete search ([`search`]), which tries the same choices first. Only the newest
-//! version of a package, or the one that a lock keeps, is looked at by the first; the
-//! second may take an older one.
+//! First apt-get's own way of choosing (`greedy`), which ends with what apt would
+//! install. Where it ends in a conflict, a complete search (`search`), which tries the
+//! same choices first. The former sees of each package only the newest version, or the
+//! one that a lock keeps; the latter may take an older one.
 
 mod explain;
 mod greedy;

@@ -235,7 +235,9 @@ impl<'a> Problem<'a> {
                 .satisfy(relation)
                 .into_iter()
                 .partition(|id| self.candidate(&self.package(*id).name) == Some(*id));
-            first.sort_by_key(|id| self.rank_provider(relation.name, *id));
+            if first.len() > 1 {
+                first.sort_by_cached_key(|id| self.rank_provider(relation.name, *id));
+            }
             candidates.extend(first);
             others.extend(then);
         }
@@ -248,17 +250,18 @@ impl<'a> Problem<'a> {
 
     /// Sorts what satisfies one relation as apt does (`CompareProviders` in its
     /// depcache.cc): a package of that very name, then essential, then protected ones,
-    /// then by priority, and at last what stands later in the lists.
+    /// then by priority, and at last what is met later in the lists.
     fn rank_provider(&self, name: &str, id: Id) -> impl Ord + use<> {
         let package = self.package(id);
-        let priorities = ["required", "important", "standard", "optional"];
+        // Without a priority a package goes first: apt counts it as 0.
+        let priorities = ["", "required", "important", "standard", "optional"];
         let priority = priorities.iter().position(|priority| package.priority == *priority);
         (
             package.name != name,
             !package.essential,
             !package.protected,
             priority.unwrap_or(priorities.len()),
-            Reverse(id),
+            Reverse(if self.is_installed(id) { u32::MAX } else { self.universe.meet(id) }),
         )
     }
 

@@ -158,10 +158,6 @@ impl Search<'_, '_> {
         self.values[id as usize].and_then(|value| value.reason)
     }
 
-    fn is_there(&self, id: Id) -> bool {
-        self.value(Literal::yes(id)) == Some(true)
-    }
-
     fn assign(&mut self, literal: Literal, reason: Option<ClauseId>) {
         let level = self.levels.len();
         self.values[literal.id() as usize] =
@@ -283,7 +279,9 @@ impl Search<'_, '_> {
             }
             let literals = group.choices().map(Literal::yes).chain([Literal::no(id)]).collect();
             let found = self.add(literals, Origin::Cause(Cause::Needs(id, place)));
-            conflict = conflict.or(found);
+            // A clause of one literal is watched by nobody: it must be learnt from now.
+            let is_single = found.is_some_and(|found| self.clauses[found].literals.len() == 1);
+            conflict = if is_single { found } else { conflict.or(found) };
         }
         Ok(conflict)
     }
@@ -367,20 +365,26 @@ impl Search<'_, '_> {
     }
 
     /// Walk from what is wanted along what is chosen, to the first thing still open.
+    ///
+    /// What was met on the way satisfies; else the first alternative that is not ruled
+    /// out, even where a later one is known to come anyway: so apt does it.
     fn walk(&mut self) -> Result<Walk> {
-        let mut seen = HashSet::new();
+        let mut met = HashSet::new();
+        let mut roots = Vec::new();
+        for want in &self.problem.wanted {
+            match self.choose(want.choices.iter().copied(), &met) {
+                Choice::Open(id) => return Ok(Walk::Open(id)),
+                Choice::Made(id) => roots.push(id),
+                Choice::Met | Choice::None => {}
+            }
+            met.extend(roots.last());
+        }
         let mut solution = Vec::new();
         let mut recommended = None;
-        let mut stack: Vec<(Id, usize)> = Vec::new();
-        for place in 0..self.problem.wanted.len() {
-            let choices = &self.problem.wanted[place].choices;
-            match self.choose(choices.iter().copied()) {
-                Choice::Made(id) => stack.push((id, 0)),
-                Choice::Open(id) => return Ok(Walk::Open(id)),
-                Choice::None => {}
-            }
+        for root in roots {
+            let mut stack: Vec<(Id, usize)> = vec![(root, 0)];
             while let Some((id, next)) = stack.pop() {
-                if next == 0 && (self.problem.is_installed(id) || !seen.insert(id)) {
+                if self.problem.is_installed(id) {
                     continue;
                 }
                 if next == 0 {
@@ -389,27 +393,36 @@ impl Search<'_, '_> {
                 let groups = self.problem.groups(id)?;
                 let Some(group) = groups.get(next) else { continue };
                 stack.push((id, next + 1));
-                match self.choose(group.choices()) {
-                    Choice::Made(chosen) => stack.push((chosen, 0)),
+                match self.choose(group.choices(), &met) {
+                    Choice::Met | Choice::None => {}
+                    Choice::Made(chosen) => {
+                        met.insert(chosen);
+                        stack.push((chosen, 0));
+                    }
                     Choice::Open(chosen) if group.is_hard() => return Ok(Walk::Open(chosen)),
                     Choice::Open(chosen) => recommended = recommended.or(Some(chosen)),
-                    Choice::None => {}
                 }
             }
         }
         Ok(recommended.map_or(Walk::Done(solution), Walk::Open))
     }
 
-    fn choose(&self, choices: impl Iterator<Item = Id>) -> Choice {
-        let mut open = Choice::None;
+    fn choose(&self, choices: impl Iterator<Item = Id>, met: &HashSet<Id>) -> Choice {
+        let mut choice = Choice::None;
         for id in choices {
-            match self.values[id as usize] {
-                Some(_) if self.is_there(id) => return Choice::Made(id),
-                None if matches!(open, Choice::None) => open = Choice::Open(id),
-                _ => {}
+            if met.contains(&id) {
+                return Choice::Met;
+            }
+            if !matches!(choice, Choice::None) {
+                continue;
+            }
+            match self.value(Literal::yes(id)) {
+                Some(true) => choice = Choice::Made(id),
+                None => choice = Choice::Open(id),
+                Some(false) => {}
             }
         }
-        open
+        choice
     }
 }
 
@@ -421,7 +434,11 @@ enum Walk {
 }
 
 enum Choice {
+    /// One of the choices was met before.
+    Met,
+    /// Chosen, and not met before.
     Made(Id),
     Open(Id),
+    /// All are ruled out.
     None,
 }

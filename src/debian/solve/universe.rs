@@ -2,6 +2,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
+use std::sync::OnceLock;
 
 use crate::debian::index::{MultiArch, Package};
 use crate::debian::relation::{ARCHITECTURE, Relation};
@@ -16,6 +17,8 @@ pub struct Universe {
     versions: HashMap<Box<str>, Vec<Id>>,
     /// By the name that is provided: who provides it, in the order of the lists.
     providers: HashMap<Box<str>, Vec<Id>>,
+    /// See [`Universe::meet`].
+    meetings: OnceLock<Vec<u32>>,
 }
 
 impl Universe {
@@ -26,6 +29,7 @@ impl Universe {
             packages: Vec::with_capacity(packages.len()),
             versions: HashMap::with_capacity(packages.len()),
             providers: HashMap::new(),
+            meetings: OnceLock::new(),
         };
         for package in packages {
             if [ARCHITECTURE, "all"].contains(&package.architecture.as_str()) {
@@ -79,6 +83,42 @@ impl Universe {
 
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
         self.versions.keys().chain(self.providers.keys()).map(|name| &**name)
+    }
+
+    /// When the name of a package is first met by who reads the lists from the start: in
+    /// a relation or as a package. It is what apt numbers packages by.
+    pub(super) fn meet(&self, id: Id) -> u32 {
+        self.meetings.get_or_init(|| self.number_meetings())[id as usize]
+    }
+
+    fn number_meetings(&self) -> Vec<u32> {
+        let mut meetings = vec![u32::MAX; self.packages.len()];
+        let mut count = 0;
+        for package in &self.packages {
+            // The order of the fields is that of `debListParser::NewVersion` in apt.
+            let names = [
+                &package.pre_depends,
+                &package.depends,
+                &package.conflicts,
+                &package.breaks,
+                &package.recommends,
+                &package.suggests,
+                &package.replaces,
+                &package.enhances,
+            ];
+            let names = names.into_iter().flat_map(|relations| relations.names());
+            let provided = package.provides.iter().map(|(name, _)| name.as_str());
+            for name in std::iter::once(package.name.as_str()).chain(names).chain(provided) {
+                let Some(ids) = self.versions.get(name) else { continue };
+                if meetings[ids[0] as usize] == u32::MAX {
+                    for id in ids {
+                        meetings[*id as usize] = count;
+                    }
+                    count += 1;
+                }
+            }
+        }
+        meetings
     }
 
     /// The packages that satisfy a relation: those of the name, newest first, then those
