@@ -120,8 +120,10 @@ impl<'a> Erofs<'a> {
                 }
                 Data::Inline { blocks, tail } => {
                     let length = inode.size % BLOCK;
-                    let start = u64::from(*blocks) * BLOCK;
-                    bytes = self.region.read_at(start, (inode.size - length) as usize)?;
+                    let before = (inode.size - length) as usize;
+                    if before > 0 {
+                        bytes = self.region.read_at(u64::from(*blocks) * BLOCK, before)?;
+                    }
                     bytes.extend(self.region.read_at(*tail, length as usize)?);
                 }
                 Data::Chunks { bits, indexed, table } => {

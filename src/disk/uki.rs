@@ -29,6 +29,7 @@ pub const MAX_HEADERS: usize = 64 << 10;
 
 const SECTION: usize = 40;
 /// Within the optional header of a 64-bit image.
+const SIZE_OF_DATA: usize = 8;
 const SECTION_ALIGNMENT: usize = 32;
 const FILE_ALIGNMENT: usize = 36;
 const SIZE_OF_IMAGE: usize = 56;
@@ -67,8 +68,8 @@ pub fn assemble(stub: &[u8], parts: &Parts) -> Result<Vec<u8>> {
     let headers = read_headers(stub).context("reading the UEFI stub")?;
     let mut image = stub.to_vec();
     check_stub(&image, &headers)?;
-    let align = |at: usize| take_u32(&image, headers.optional + at);
-    let (section_alignment, file_alignment) = (align(SECTION_ALIGNMENT)?, align(FILE_ALIGNMENT)?);
+    let field = |at: usize| take_u32(stub, headers.optional + at);
+    let (section_alignment, file_alignment) = (field(SECTION_ALIGNMENT)?, field(FILE_ALIGNMENT)?);
     ensure!(
         section_alignment.is_power_of_two() && (512..=4096).contains(&file_alignment),
         "the UEFI stub has odd alignments: {section_alignment}, {file_alignment}"
@@ -82,7 +83,7 @@ pub fn assemble(stub: &[u8], parts: &Parts) -> Result<Vec<u8>> {
     ];
 
     let table_end = headers.table + (headers.sections.len() + sections.len()) * SECTION;
-    let room = (align(SIZE_OF_HEADERS)? as usize).next_multiple_of(file_alignment as usize);
+    let room = (field(SIZE_OF_HEADERS)? as usize).next_multiple_of(file_alignment as usize);
     let first = headers.sections.iter().filter(|section| section.size > 0).map(|s| s.offset).min();
     ensure!(
         table_end <= room && room <= stub.len() && first.is_none_or(|first| room <= first as usize),
@@ -93,6 +94,8 @@ pub fn assemble(stub: &[u8], parts: &Parts) -> Result<Vec<u8>> {
         section.address.checked_add(section.loaded).map(|next| next.max(end))
     });
     let mut place = headers.table + headers.sections.len() * SECTION;
+    // As ukify counts: the kernel, too.
+    let mut data = u64::from(field(SIZE_OF_DATA)?);
     for (name, content, kind) in sections {
         ensure!(
             headers.sections.iter().all(|section| section.name != name),
@@ -118,6 +121,7 @@ pub fn assemble(stub: &[u8], parts: &Parts) -> Result<Vec<u8>> {
         image.extend_from_slice(content);
         image.resize(image.len().next_multiple_of(file_alignment as usize), 0);
         address = end;
+        data += u64::from(size);
     }
     let size_of_image = address.and_then(|end| end.checked_next_multiple_of(section_alignment));
     let size_of_image = size_of_image.context("the unified kernel image grows beyond 4 GiB")?;
@@ -125,9 +129,12 @@ pub fn assemble(stub: &[u8], parts: &Parts) -> Result<Vec<u8>> {
     let count = (headers.sections.len() + sections.len()) as u16;
     image[headers.file + 2..headers.file + 4].copy_from_slice(&count.to_le_bytes());
     let optional = &mut image[headers.optional..headers.table];
-    for (at, value) in
-        [(SIZE_OF_IMAGE, size_of_image), (SIZE_OF_HEADERS, room as u32), (CHECKSUM, 0)]
-    {
+    for (at, value) in [
+        (SIZE_OF_DATA, u32::try_from(data).unwrap_or(u32::MAX)),
+        (SIZE_OF_IMAGE, size_of_image),
+        (SIZE_OF_HEADERS, room as u32),
+        (CHECKSUM, 0),
+    ] {
         optional[at..at + 4].copy_from_slice(&value.to_le_bytes());
     }
     // The stub loads the kernel in its own name, so it may promise no more than the kernel
