@@ -1,5 +1,6 @@
 //! The disk's parts against the programs that others use to make or check them.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -343,20 +344,27 @@ fn make_root(tools: &Tools) -> Root {
         blobs.push(blob);
     }
     let index = path("index");
-    let layout = make_index(tools, &blobs, &index, EPOCH, &UUID).unwrap();
+    let layout = make_index(&blobs, &index, EPOCH, &UUID).unwrap();
     Root { blobs, index, layout, big, long, folder }
 }
 
 fn join_root(root: &Root) -> PathBuf {
     let path = root.folder.path().join("root");
-    let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
-    file.set_len(root.layout.total).unwrap();
+    join_pieces(&path, &root.index, &root.blobs, &root.layout);
+    path
+}
+
+/// The bytes of a root partition as a file.
+fn join_pieces(path: &Path, index: &Path, blobs: &[PathBuf], layout: &Layout) -> File {
+    let _ = fs::remove_file(path);
+    let file = File::options().read(true).write(true).create_new(true).open(path).unwrap();
+    file.set_len(layout.total).unwrap();
     let place = Region::whole(&file).unwrap();
-    place.write_file_at(0, &File::open(&root.index).unwrap(), root.layout.index_area).unwrap();
-    for (blob, (offset, length)) in root.blobs.iter().zip(&root.layout.blobs) {
+    place.write_file_at(0, &File::open(index).unwrap(), layout.index_area).unwrap();
+    for (blob, (offset, length)) in blobs.iter().zip(&layout.blobs) {
         place.write_file_at(*offset, &File::open(blob).unwrap(), *length).unwrap();
     }
-    path
+    file
 }
 
 #[test]
@@ -431,7 +439,9 @@ fn the_kernel_mounts_the_root_with_owners_modes_links_and_capabilities() {
     assert_eq!(look("private"), (0o042_750, 100, 101, 2));
     assert_eq!(look("opaque"), (0o040_750, 0, 43, 2));
     assert_eq!(fs::read_link(at.join("usr/sym")).unwrap(), Path::new("../usr/one"));
-    assert_eq!(fs::metadata(at.join("usr/one")).unwrap().mtime(), EPOCH as i64);
+    for path in ["usr/one", "usr/su", "private"] {
+        assert_eq!(fs::metadata(at.join(path)).unwrap().mtime(), EPOCH as i64, "{path}");
+    }
     assert!(fs::read(at.join("usr/big")).unwrap() == root.big);
     assert_eq!(read_attribute(&at.join("usr/ping"), "security.capability"), CAPABILITY);
     assert_eq!(read_attribute(&at.join("usr/ping"), "user.long"), [b'v'; 300]);
@@ -449,6 +459,133 @@ fn read_attribute(path: &Path, name: &str) -> Vec<u8> {
     let length = rustix::fs::lgetxattr(path, name, &mut buffer[..]).unwrap();
     buffer.truncate(length);
     buffer
+}
+
+/// What a layer can say about a path of the little tree in the test below.
+#[derive(Debug, Clone, Copy)]
+enum Change {
+    File,
+    Folder,
+    EmptiedFolder,
+    Removal,
+}
+
+/// Apply a layer to a tree (paths and files' content; `None` is a folder) by the rules of
+/// the OCI image specification, "Representing Changes".
+fn apply(tree: &mut BTreeMap<String, Option<u8>>, layer: u8, changes: &[(String, Change)]) {
+    let remove_below = |tree: &mut BTreeMap<String, Option<u8>>, path: &str| {
+        tree.retain(|known, _| !known.starts_with(&format!("{path}/")));
+    };
+    for (path, change) in changes {
+        match change {
+            Change::Removal => {
+                remove_below(tree, path);
+                tree.remove(path);
+            }
+            Change::File => {
+                remove_below(tree, path);
+                tree.insert(path.clone(), Some(layer));
+            }
+            Change::Folder | Change::EmptiedFolder => {
+                if matches!(change, Change::EmptiedFolder) {
+                    remove_below(tree, path);
+                }
+                tree.insert(path.clone(), None);
+            }
+        }
+    }
+}
+
+/// Choose changes for the paths a, a/a, ... c/c/c; below what is no folder nothing.
+fn choose_changes(random: &mut u64) -> Vec<(String, Change)> {
+    let mut draw = |sides: u64| {
+        *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040);
+        (*random >> 33) % sides
+    };
+    let mut changes = Vec::new();
+    let mut folders = vec![String::new()];
+    while let Some(folder) = folders.pop() {
+        for name in ["a", "b", "c"] {
+            let path = format!("{folder}/{name}");
+            let depth = path.matches('/').count();
+            let change = match draw(8) {
+                0 | 1 => Change::File,
+                2 | 3 if depth < 4 => Change::Folder,
+                4 if depth < 4 => Change::EmptiedFolder,
+                5 | 6 => Change::Removal,
+                _ => continue,
+            };
+            if matches!(change, Change::Folder | Change::EmptiedFolder) {
+                folders.push(path.clone());
+            }
+            changes.push((path, change));
+        }
+    }
+    // Folders before what is in them.
+    changes.sort_by(|a, b| a.0.cmp(&b.0));
+    changes
+}
+
+#[test]
+fn any_layers_merge_as_if_applied_one_after_the_other() {
+    let Some(tools) = find_tools(&["mkfs.erofs"]) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    for seed in 0..40u64 {
+        let mut random = seed;
+        let mut expected = BTreeMap::new();
+        let mut blobs = Vec::new();
+        for layer in 0..4u8 {
+            let changes = choose_changes(&mut random);
+            apply(&mut expected, layer, &changes);
+            let content = [layer];
+            let paths: Vec<(String, Change)> = changes
+                .into_iter()
+                .map(|(path, change)| match change {
+                    Change::Removal => {
+                        let (parent, name) = path.rsplit_once('/').unwrap();
+                        (format!(".{parent}/.wh.{name}"), change)
+                    }
+                    _ => (format!(".{path}"), change),
+                })
+                .collect();
+            let markers: Vec<String> =
+                paths.iter().map(|(path, _)| format!("{path}/.wh..wh..opq")).collect();
+            let mut members = vec![Member { path: "./", ..FOLDER }];
+            for ((path, change), marker) in paths.iter().zip(&markers) {
+                members.push(match change {
+                    Change::File => Member { path, data: &content, ..FILE },
+                    Change::Removal => Member { path, ..FILE },
+                    _ => Member { path, ..FOLDER },
+                });
+                if matches!(change, Change::EmptiedFolder) {
+                    members.push(Member { path: marker, ..FILE });
+                }
+            }
+            let (tar, blob) = (folder.path().join("tar"), folder.path().join(format!("{layer}")));
+            write_tar(&tar, &members);
+            make_blob(&tools, &tar, &blob, EPOCH, &UUID).unwrap();
+            blobs.push(blob);
+        }
+        let index = folder.path().join("index");
+        let layout = make_index(&blobs, &index, EPOCH, &UUID).unwrap();
+        let file = join_pieces(&folder.path().join("root"), &index, &blobs, &layout);
+        let erofs = Erofs::open(Region::whole(&file).unwrap()).unwrap();
+        let mut found = BTreeMap::new();
+        let mut folders = vec![(String::new(), erofs.root().unwrap())];
+        while let Some((path, inode)) = folders.pop() {
+            for (name, number) in erofs.list(&inode).unwrap() {
+                let path = format!("{path}/{}", String::from_utf8(name).unwrap());
+                let inode = erofs.read_inode(number).unwrap();
+                if inode.is_folder() {
+                    found.insert(path.clone(), None);
+                    folders.push((path, inode));
+                } else {
+                    found.insert(path, Some(erofs.read(&inode, 1).unwrap()[0]));
+                }
+            }
+        }
+        assert_eq!(found, expected, "seed {seed}");
+    }
 }
 
 /// A whole disk, made as the builder makes it.
