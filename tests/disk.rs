@@ -29,12 +29,20 @@ fn find_tools(programs: &[&str]) -> Option<Tools> {
     let root = std::env::var("STANCHION_TOOLS").unwrap_or("/".into());
     let tools = Tools::new(&root);
     match programs.iter().find(|program| tools.command(program).is_err()) {
+        None if programs.contains(&"mkfs.erofs") && !reads_tars(&tools) => {
+            println!("skipped: mkfs.erofs of {root} is too old to read tars");
+            None
+        }
         None => Some(tools),
         Some(missing) => {
             println!("skipped: {root} has no program {missing}; set STANCHION_TOOLS");
             None
         }
     }
+}
+
+fn reads_tars(tools: &Tools) -> bool {
+    run(tools, "mkfs.erofs", &["--help"]).contains("--tar=")
 }
 
 fn run(tools: &Tools, program: &str, args: &[&str]) -> String {

@@ -360,11 +360,11 @@ fn take<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     taken
 }
 
-pub fn take_u16(bytes: &[u8], at: usize) -> u16 {
+fn take_u16(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes(take(bytes, at))
 }
 
-pub fn take_u32(bytes: &[u8], at: usize) -> u32 {
+fn take_u32(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(take(bytes, at))
 }
 
