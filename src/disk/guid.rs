@@ -53,10 +53,6 @@ impl Guid {
     pub fn from_disk(bytes: [u8; 16]) -> Self {
         Guid(swap_ends(bytes))
     }
-
-    pub fn is_nil(&self) -> bool {
-        self.0 == [0; 16]
-    }
 }
 
 /// Turns the first three fields round; its own inverse.

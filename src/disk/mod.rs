@@ -1,7 +1,9 @@
 //! What a disk image is made of: erofs, dm-verity, the ESP with its UKI, the GPT.
 
 pub mod erofs;
+pub mod erofs_merge;
 pub mod erofs_read;
+pub mod erofs_write;
 pub mod esp;
 pub mod fat_read;
 pub mod gpt;

@@ -223,12 +223,12 @@ fn take_u32(bytes: &[u8], at: usize) -> Result<u32> {
 }
 
 #[cfg(test)]
-pub mod tests {
+mod tests {
     use super::*;
     use proptest::prelude::*;
 
     /// The smallest image with a stub's shape: one section, room for `room` more.
-    pub fn make_stub(room: usize) -> Vec<u8> {
+    fn make_stub(room: usize) -> Vec<u8> {
         let mut stub = vec![0; 0x40];
         stub[..2].copy_from_slice(b"MZ");
         stub[0x3c] = 0x40;
@@ -259,7 +259,7 @@ pub mod tests {
         stub
     }
 
-    pub const PARTS: Parts = Parts {
+    const PARTS: Parts = Parts {
         os_release: b"ID=test\n",
         cmdline: "console=ttyS0",
         uname: "6.12",
