@@ -49,12 +49,14 @@ pub(super) fn explain_type(source: &Source, document: &DeTable<'_>, error: &Erro
         return error.why(format!("{} needs it", name_table(source, &path)));
     }
     let expected = message.rsplit_once(", expected ").map(|(_, expected)| expected);
-    let (Some(expected), Some(Place { value: Some(value), .. })) = (expected, place) else {
+    let (Some(expected), Some(Place { value: Some(value), is_item, .. })) = (expected, place)
+    else {
         return source.error(span, message);
     };
     let key = path.join(".");
     let is_header = source.cut(span.clone()).starts_with('[') && matches!(value, DeValue::Table(_));
-    let what = format!("`{key}` must be {}, not {}", name_expected(expected), name_found(value));
+    let subject = if is_item { format!("an item of `{key}`") } else { format!("`{key}`") };
+    let what = format!("{subject} must be {}, not {}", name_expected(expected), name_found(value));
     let error = source.error(span, what);
     match expected {
         "a sequence" if is_header => error.help(format!("write `[[{key}]]`")),
@@ -78,14 +80,16 @@ fn between<'a>(text: &'a str, before: &str, after: &str) -> Option<&'a str> {
 struct Place<'a> {
     path: Vec<&'a str>,
     value: Option<&'a DeValue<'a>>,
+    /// The value is an item of the array at the path.
+    is_item: bool,
 }
 
 fn locate<'a>(table: &'a DeTable<'a>, span: &Range<usize>) -> Option<Place<'a>> {
     table.iter().find_map(|(key, value)| {
         let mut place = if key.span() == *span {
-            Place { path: Vec::new(), value: None }
+            Place { path: Vec::new(), value: None, is_item: false }
         } else if value.span() == *span {
-            Place { path: Vec::new(), value: Some(value.get_ref()) }
+            Place { path: Vec::new(), value: Some(value.get_ref()), is_item: false }
         } else {
             locate_in_value(value.get_ref(), span)?
         };
@@ -98,7 +102,9 @@ fn locate_in_value<'a>(value: &'a DeValue<'a>, span: &Range<usize>) -> Option<Pl
     match value {
         DeValue::Table(table) => locate(table, span),
         DeValue::Array(items) => items.iter().find_map(|item| match item.get_ref() {
-            value if item.span() == *span => Some(Place { path: Vec::new(), value: Some(value) }),
+            value if item.span() == *span => {
+                Some(Place { path: Vec::new(), value: Some(value), is_item: true })
+            }
             value => locate_in_value(value, span),
         }),
         _ => None,
