@@ -63,12 +63,16 @@ impl FromStr for Digest {
 
     fn from_str(text: &str) -> Result<Self, NotADigest> {
         let wrong = || NotADigest(text.chars().take(80).collect());
+        let hex = |at: usize| -> Result<u8, NotADigest> {
+            let digit = char::from(text.as_bytes()[at]).to_digit(16).ok_or_else(wrong)?;
+            Ok(digit as u8)
+        };
         if text.len() != 64 || !text.is_ascii() {
             return Err(wrong());
         }
         let mut bytes = [0; 32];
         for (i, byte) in bytes.iter_mut().enumerate() {
-            *byte = u8::from_str_radix(&text[2 * i..2 * i + 2], 16).map_err(|_| wrong())?;
+            *byte = (hex(2 * i)? << 4) | hex(2 * i + 1)?;
         }
         Ok(Digest(bytes))
     }
@@ -201,6 +205,7 @@ mod tests {
         assert_eq!(digest.to_string().parse::<Digest>().unwrap(), digest);
         assert!("xyz".parse::<Digest>().is_err());
         assert!("é".repeat(32).parse::<Digest>().is_err());
+        assert!("+a".repeat(32).parse::<Digest>().is_err());
     }
 
     #[test]

@@ -92,8 +92,12 @@ impl SetRequest {
     fn digest(&self) -> Digest {
         let mut key = Key::new("set", 1);
         key.add("parent", self.parent.as_deref().unwrap_or(""));
-        self.wanted.iter().for_each(|name| { key.add("wanted", name); });
-        self.provides.iter().for_each(|name| { key.add("provides", name); });
+        self.wanted.iter().for_each(|name| {
+            key.add("wanted", name);
+        });
+        self.provides.iter().for_each(|name| {
+            key.add("provides", name);
+        });
         key.add("recommends", [u8::from(self.recommends)]);
         key.add("essential", [u8::from(self.essential)]);
         key.digest()

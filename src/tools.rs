@@ -68,7 +68,16 @@ pub fn list_requests() -> Vec<SetRequest> {
         (set::BOOT, &["ovmf", "qemu-system-x86"]),
         (
             set::CHECK,
-            &["apt", "cpio", "cryptsetup-bin", "dosfstools", "fdisk", "gpgv", "mtools", "systemd-ukify"],
+            &[
+                "apt",
+                "cpio",
+                "cryptsetup-bin",
+                "dosfstools",
+                "fdisk",
+                "gpgv",
+                "mtools",
+                "systemd-ukify",
+            ],
         ),
     ];
     sets.iter()

@@ -3,8 +3,8 @@ use std::path::PathBuf;
 use anyhow::{Result, anyhow};
 
 use super::{Context, FetchArgs};
+use crate::config::Format;
 use crate::error::UserError;
-use crate::output::Format;
 use crate::pipeline;
 use crate::progress::format_bytes;
 
@@ -66,7 +66,9 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
                 .map(|(name, error)| format!("{name}: {}", super::describe(error)))
                 .collect();
             let text = format!("{} of {all} profiles failed", failed.len());
-            if ours { Err(anyhow!("{text}\n{}", list.join("\n"))) } else {
+            if ours {
+                Err(anyhow!("{text}\n{}", list.join("\n")))
+            } else {
                 Err(UserError::new(text).why(list.join("\n")).into())
             }
         }

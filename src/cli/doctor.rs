@@ -37,11 +37,15 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
         }
         Err(error) => checks.push(describe("store", Err(error))),
     }
-    let mirror = Mirror::find(&Places::of_this_machine(args.mirror.as_deref())).and_then(|mirror| {
-        repository::check_reachable(&Fetcher::new(1, false)?, &mirror)?;
-        Ok(mirror)
-    });
-    checks.push(describe("mirror", mirror.map(|mirror| format!("{} and {}", mirror.main, mirror.security))));
+    let mirror =
+        Mirror::find(&Places::of_this_machine(args.mirror.as_deref())).and_then(|mirror| {
+            repository::check_reachable(&Fetcher::new(1, false)?, &mirror)?;
+            Ok(mirror)
+        });
+    checks.push(describe(
+        "mirror",
+        mirror.map(|mirror| format!("{} and {}", mirror.main, mirror.security)),
+    ));
 
     let failed = checks.iter().filter(|check| !check.ok).count();
     if context.json {
@@ -51,13 +55,20 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
             let mark = if check.ok { "ok  " } else { "FAIL" };
             println!("{mark}  {:<16} {}", check.name, check.detail);
             if !check.ok && !check.mend.is_empty() {
-                println!("      {:<16} mend: {}", "", check.mend.replace('\n', "\n                             "));
+                println!(
+                    "      {:<16} mend: {}",
+                    "",
+                    check.mend.replace('\n', "\n                             ")
+                );
             }
         }
     }
     match failed {
         0 => Ok(()),
-        n => Err(UserError::new(format!("{n} of these checks failed: this machine cannot build yet")).into()),
+        n => Err(UserError::new(format!(
+            "{n} of these checks failed: this machine cannot build yet"
+        ))
+        .into()),
     }
 }
 
@@ -78,7 +89,8 @@ fn describe(name: &str, found: Result<String>) -> Check {
     match found {
         Ok(detail) => Check { name: name.into(), ok: true, detail, mend: String::new() },
         Err(error) => {
-            let mend = error.downcast_ref::<UserError>().and_then(UserError::advice).unwrap_or_default();
+            let mend =
+                error.downcast_ref::<UserError>().and_then(UserError::advice).unwrap_or_default();
             Check {
                 name: name.into(),
                 ok: false,

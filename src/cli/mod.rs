@@ -44,8 +44,12 @@ enum Verb {
     Doctor(doctor::Args),
     Store(store::Args),
     /// Print a completion script for a shell
-    #[command(after_help = "Example: stanchion completions bash > /etc/bash_completion.d/stanchion")]
-    Completions { shell: clap_complete::Shell },
+    #[command(
+        after_help = "Example: stanchion completions bash > /etc/bash_completion.d/stanchion"
+    )]
+    Completions {
+        shell: clap_complete::Shell,
+    },
 }
 
 /// What every verb may use.
@@ -80,8 +84,7 @@ pub struct FetchArgs {
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
     let mode = Mode::choose(cli.quiet, cli.json);
-    let context =
-        Context { project: cli.project, progress: Progress::new(mode), json: cli.json };
+    let context = Context { project: cli.project, progress: Progress::new(mode), json: cli.json };
     let done = match cli.verb {
         Verb::Build(args) => build::run(&context, args),
         Verb::Lock(args) => lock::run(&context, args),

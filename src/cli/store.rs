@@ -33,10 +33,15 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
             let sandbox = Sandbox::default();
             let freed = store.collect_garbage(keep, &|path| sandbox.remove_tree(path))?;
             if context.json {
-                println!("{}", serde_json::json!({ "event": "gc", "freed": freed.bytes, "entries": freed.entries }));
+                println!(
+                    "{}",
+                    serde_json::json!({ "event": "gc", "freed": freed.bytes, "entries": freed.entries })
+                );
             } else {
                 context.progress.note(&format!(
-                    "removed {} entries, {}", freed.entries, format_bytes(freed.bytes)
+                    "removed {} entries, {}",
+                    freed.entries,
+                    format_bytes(freed.bytes)
                 ));
             }
         }
@@ -54,6 +59,7 @@ fn parse_size(text: &str) -> Result<u64, String> {
         "T" => 1_000_000_000_000,
         _ => return Err("write a number and K, M, G or T, as in 20G".into()),
     };
-    let number: u64 = digits.parse().map_err(|_| "write a number and K, M, G or T, as in 20G".to_string())?;
+    let number: u64 =
+        digits.parse().map_err(|_| "write a number and K, M, G or T, as in 20G".to_string())?;
     number.checked_mul(factor).ok_or_else(|| "this size is beyond counting".into())
 }

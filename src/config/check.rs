@@ -63,7 +63,10 @@ pub(super) fn check_provided(source: &Source, text: &Text) -> Result<String> {
     let version = provided[name.len()..].trim_start();
     let is_version = version.is_empty() || (version.starts_with("(= ") && version.ends_with(')'));
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"+-.~:()= ".contains(&b);
-    let is_name = name.len() >= 2 && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b));
+    let is_name = name.len() >= 2
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b));
     if is_name && is_version && provided.bytes().all(plain) {
         return Ok(provided.clone());
     }

@@ -10,8 +10,8 @@ use toml::Spanned;
 
 use super::check::{
     check_account, check_argument, check_digest, check_mode, check_module, check_name,
-    check_package, check_path, check_pattern, check_provided, check_text, check_unique, check_unit, check_url,
-    check_variables,
+    check_package, check_path, check_pattern, check_provided, check_text, check_unique, check_unit,
+    check_url, check_variables,
 };
 use super::raw::{RawArtifact, RawInitrd, RawLayer, RawOwner, RawUnits, RawUser, Text};
 use super::source::Source;

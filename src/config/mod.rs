@@ -6,6 +6,7 @@
 
 mod check;
 mod explain;
+pub mod format;
 pub mod layer;
 pub mod profile;
 pub mod project;
@@ -14,6 +15,7 @@ mod resolve;
 mod source;
 pub mod tree;
 
+pub use format::Format;
 pub use layer::Layer;
 pub use profile::Profile;
 pub use project::Project;

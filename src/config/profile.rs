@@ -7,12 +7,12 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::check::{check_size, check_text, check_unique, check_variables};
+use super::format::Format;
 use super::layer::Layer;
 use super::raw::{RawDisk, RawProfile, Text};
 use super::resolve::resolve_layers;
 use super::source::{Source, quote};
 use crate::error::find_nearest;
-use crate::output::Format;
 
 /// One image, resolved: nothing is left to look up in the project but the files' bytes.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -73,7 +73,7 @@ pub(super) fn read_profile(root: &Path, name: &str) -> Result<Profile> {
 }
 
 fn check_formats(source: &Source, texts: &[Text]) -> Result<Vec<Format>> {
-    let names = || Format::ALL.iter().map(|format| format.extension());
+    let names = || Format::ALL.iter().map(|format| format.name());
     check_unique(
         source,
         "format",
@@ -83,7 +83,7 @@ fn check_formats(source: &Source, texts: &[Text]) -> Result<Vec<Format>> {
         .iter()
         .map(|text| {
             let name = text.get_ref();
-            if let Some(format) = Format::ALL.into_iter().find(|format| format.extension() == name) {
+            if let Some(format) = Format::ALL.into_iter().find(|format| format.name() == name) {
                 return Ok(format);
             }
             let error = source.error(text.span(), format!("there is no format {}", quote(name)));

@@ -7,12 +7,12 @@ use anyhow::{Context, Result};
 
 use super::layers::Diff;
 use super::manifest::Description;
+use super::sets;
 use super::source::{self, Source};
 use super::unpacked::{add_packages, unpack};
-use super::sets;
 use crate::config::layer::Layer;
-use crate::config::tree::{TreeFile, TreeKind};
 use crate::config::profile::Profile;
+use crate::config::tree::{TreeFile, TreeKind};
 use crate::debian::release::format_date;
 use crate::digest::{Digest, Key};
 use crate::disk::erofs::{self, Layout};
@@ -51,7 +51,9 @@ impl ImageBuilder<'_> {
         key.add("kernel", kernel.key.digest().as_bytes());
         key.add("epoch", self.lock.epoch.to_string());
         add_packages(&mut key, &self.lock.list_set(&set)?);
-        config.modules.iter().for_each(|name| { key.add("module", name); });
+        config.modules.iter().for_each(|name| {
+            key.add("module", name);
+        });
         for file in &config.files {
             let content = match &file.kind {
                 TreeKind::File { source, .. } => Digest::of_file(&profile.root.join(source))?,
@@ -102,7 +104,7 @@ impl ImageBuilder<'_> {
         let mut blobs: Vec<PathBuf> = diffs.iter().map(|diff| diff.blob.clone()).collect();
         blobs.push(identity);
         let index = scratch.path().join("index.erofs");
-        let layout = erofs::make_index(self.tools, &blobs, &index, epoch, &uuid)?;
+        let layout = erofs::make_index(&blobs, &index, epoch, &uuid)?;
 
         step.update("verity");
         let leaves = self.collect_leaves(diffs, &index, &blobs, &layout)?;
@@ -220,8 +222,10 @@ impl ImageBuilder<'_> {
             let cached = read(&diff.leaves)?;
             let (whole, rest) = cached.as_chunks::<{ verity::HASH }>();
             anyhow::ensure!(
-                rest.is_empty() && whole.len() as u64 * verity::BLOCK as u64 == diff.facts.blob_bytes,
-                "{} does not belong to its blob", diff.leaves.display()
+                rest.is_empty()
+                    && whole.len() as u64 * verity::BLOCK as u64 == diff.facts.blob_bytes,
+                "{} does not belong to its blob",
+                diff.leaves.display()
             );
             leaves.extend_from_slice(whole);
         }

@@ -11,8 +11,8 @@ use super::sets;
 use super::source::Source;
 use super::unpacked::add_packages;
 use crate::config::layer::Layer;
-use crate::config::tree::{TreeFile, TreeKind};
 use crate::config::profile::Profile;
+use crate::config::tree::{TreeFile, TreeKind};
 use crate::digest::{Digest, Key};
 use crate::disk::guid::Guid;
 use crate::disk::{erofs, verity};
@@ -46,7 +46,6 @@ pub struct Diff {
     /// Verity leaves of the blob: 32 bytes for each 4096.
     pub leaves: PathBuf,
     pub facts: Facts,
-    pub cached: bool,
 }
 
 /// What the store remembers of a diff.
@@ -113,13 +112,20 @@ impl LayerBuilder<'_> {
         }
         let mut key = self.begin_key("packages", PACKAGES_VERSION, layer, below);
         add_packages(&mut key, &packages);
-        layer.provides.iter().for_each(|name| { key.add("provides", name); });
+        layer.provides.iter().for_each(|name| {
+            key.add("provides", name);
+        });
         let variables = serde_json::to_value(&profile.variables)?;
         self.place(profile, &layer.skeleton, &variables, None, &mut key)?;
 
         self.provide(layer, "packages", key, below, |scratch| {
-            let skeleton =
-                self.place(profile, &layer.skeleton, &variables, Some(scratch), &mut Key::default())?;
+            let skeleton = self.place(
+                profile,
+                &layer.skeleton,
+                &variables,
+                Some(scratch),
+                &mut Key::default(),
+            )?;
             let job = PackagesJob {
                 common: self.describe_common(layer, below, scratch),
                 debs: packages
@@ -165,14 +171,24 @@ impl LayerBuilder<'_> {
         for (what, names) in
             [("enable", &units.enable), ("disable", &units.disable), ("mask", &units.mask)]
         {
-            names.iter().for_each(|unit| { key.add(format!("{what} {unit}"), ""); });
+            names.iter().for_each(|unit| {
+                key.add(format!("{what} {unit}"), "");
+            });
         }
-        layer.commands.iter().for_each(|command| { key.add("command", command); });
+        layer.commands.iter().for_each(|command| {
+            key.add("command", command);
+        });
 
         self.provide(layer, "files", key, below, |scratch| {
             let job = FilesJob {
                 common: self.describe_common(layer, below, scratch),
-                files: self.place(profile, &files, &variables, Some(scratch), &mut Key::default())?,
+                files: self.place(
+                    profile,
+                    &files,
+                    &variables,
+                    Some(scratch),
+                    &mut Key::default(),
+                )?,
                 artifacts: layer
                     .artifacts
                     .iter()
@@ -198,8 +214,12 @@ impl LayerBuilder<'_> {
         key.add("below", below.key.map(|key| key.to_string()).unwrap_or_default());
         key.add("epoch", self.lock.epoch.to_string());
         key.add("tools", self.tools.name());
-        below.exclude.iter().for_each(|glob| { key.add("exclude", glob); });
-        layer.remove.iter().for_each(|remove| { key.add("remove", &remove.path); });
+        below.exclude.iter().for_each(|glob| {
+            key.add("exclude", glob);
+        });
+        layer.remove.iter().for_each(|remove| {
+            key.add("remove", &remove.path);
+        });
         for account in &below.accounts {
             key.add(format!("account {}", account.name), format!("{account:?}"));
         }
@@ -291,7 +311,7 @@ impl LayerBuilder<'_> {
         let step = self.source.progress.begin(&name);
         let digest = key.digest();
         if let Some(entry) = self.source.store.find_entry("layer", &digest) {
-            let diff = open_diff(name, layer, key, &entry, true)?;
+            let diff = open_diff(name, layer, key, &entry)?;
             step.finish_cached("");
             return Ok(diff);
         }
@@ -303,7 +323,7 @@ impl LayerBuilder<'_> {
             return Err(error);
         }
         let entry = self.source.store.commit_entry("layer", &digest, scratch)?;
-        let diff = open_diff(name, layer, key, &entry, false)?;
+        let diff = open_diff(name, layer, key, &entry)?;
         step.finish(format!(
             "{} files, {}",
             diff.facts.sealed.files,
@@ -361,7 +381,7 @@ impl LayerBuilder<'_> {
     }
 }
 
-fn open_diff(name: String, layer: &Layer, key: Key, entry: &Path, cached: bool) -> Result<Diff> {
+fn open_diff(name: String, layer: &Layer, key: Key, entry: &Path) -> Result<Diff> {
     let facts = entry.join("facts.json");
     let text = fs::read(&facts).with_context(|| format!("reading {}", facts.display()))?;
     Ok(Diff {
@@ -373,7 +393,6 @@ fn open_diff(name: String, layer: &Layer, key: Key, entry: &Path, cached: bool) 
         leaves: entry.join("leaves"),
         facts: serde_json::from_slice(&text)
             .with_context(|| format!("reading {}", facts.display()))?,
-        cached,
     })
 }
 

@@ -6,17 +6,16 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::layers::Diff;
+use crate::config::Format;
 use crate::config::profile::Profile;
 use crate::digest::Digest;
 use crate::lock::LockedPackage;
-use crate::output::Format;
 use crate::progress::StepTime;
 
 /// An image before its root hash is known.
 #[derive(Debug, Clone)]
 pub struct Description {
     pub profile: String,
-    pub summary: String,
     /// `2026.11.20-1a2b3c4d`: the day of the packages, and the start of the key.
     pub version: String,
     /// Digest of everything that goes into the image.
@@ -131,7 +130,6 @@ impl Description {
             .collect();
         Description {
             profile: profile.name.clone(),
-            summary: profile.description.clone(),
             version: format!("{day}-{}", &key.to_string()[..8]),
             key,
             layers,

@@ -15,11 +15,11 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
+use crate::config::Format;
 use crate::config::Project;
 use crate::config::profile::Profile;
 use crate::digest::{Digest, Key};
 use crate::lock::{Lock, LockedPackage};
-use crate::output::Format;
 use crate::progress::Progress;
 use crate::rootfs::layer;
 use crate::sandbox::{Inside, Sandbox};
@@ -221,7 +221,11 @@ fn describe(manifest: &Manifest, out: &Path, began: Instant, cached: bool) -> Bu
 }
 
 /// Jobs of the builder that run inside the sandbox.
-pub fn handle_job(job: &str, input: serde_json::Value, inside: &mut Inside) -> Result<serde_json::Value> {
+pub fn handle_job(
+    job: &str,
+    input: serde_json::Value,
+    inside: &mut Inside,
+) -> Result<serde_json::Value> {
     let sealed = match job {
         layers::PACKAGES_JOB => layer::build_packages(&serde_json::from_value(input)?, inside)?,
         layers::FILES_JOB => layer::build_files(&serde_json::from_value(input)?, inside)?,

@@ -8,10 +8,11 @@ use anyhow::{Context, Result};
 
 use super::manifest::{Manifest, OutputEntry};
 use super::source::Source;
+use crate::config::Format;
 use crate::config::profile::Profile;
 use crate::digest::Digest;
 use crate::error::UserError;
-use crate::output::{Format, qcow2};
+use crate::output::qcow2;
 use crate::tools::Tools;
 
 /// Make the output folder, and find out now whether it can be written to.
@@ -64,7 +65,7 @@ pub fn write(
             .iter()
             .filter(|format| **format != Format::Raw)
             .map(|format| {
-                let path = raw.with_extension(format.extension());
+                let path = raw.with_extension(format.name());
                 match format {
                     Format::Raw => {}
                     Format::Qcow2 => qcow2::convert(tools, raw, &path)?,
@@ -91,8 +92,7 @@ pub fn write(
 }
 
 fn describe(format: Format, path: &Path, sha256: Digest) -> Result<OutputEntry> {
-    let metadata =
-        fs::metadata(path).with_context(|| format!("looking at {}", path.display()))?;
+    let metadata = fs::metadata(path).with_context(|| format!("looking at {}", path.display()))?;
     Ok(OutputEntry {
         format,
         file: path.file_name().context("an output has a name")?.into(),

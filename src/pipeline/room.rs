@@ -22,7 +22,8 @@ const OUTPUTS: u64 = 1_300_000_000;
 pub fn check(source: &Source, out: &Path, profiles: &[Profile]) -> Result<()> {
     let count = profiles.len() as u64;
     let fresh = source.store.is_fresh();
-    let in_store = if fresh { STORE_FIRST + (count.saturating_sub(1)) * OUTPUTS } else { STORE_AGAIN };
+    let in_store =
+        if fresh { STORE_FIRST + (count.saturating_sub(1)) * OUTPUTS } else { STORE_AGAIN };
     let in_out = count * OUTPUTS;
     let device = |path: &Path| -> Result<u64> {
         let metadata = path.metadata().with_context(|| format!("looking at {}", path.display()))?;

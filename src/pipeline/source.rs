@@ -126,7 +126,9 @@ impl Source {
             .map(|package| Download {
                 name: format!("{} {}", package.name, package.version),
                 urls: mirror
-                    .map(|mirror| mirror.locate(repository::find_archive(&package.suite), &package.path))
+                    .map(|mirror| {
+                        mirror.locate(repository::find_archive(&package.suite), &package.path)
+                    })
                     .into_iter()
                     .collect(),
                 digest: package.sha256,
@@ -208,12 +210,8 @@ pub fn prepare_lock(
             Err(error) => return Err(error),
         },
     };
-    let names: BTreeSet<String> = gone
-        .names
-        .iter()
-        .filter_map(|shown| shown.split(' ').next())
-        .map(str::to_string)
-        .collect();
+    let names: BTreeSet<String> =
+        gone.names.iter().filter_map(|shown| shown.split(' ').next()).map(str::to_string).collect();
     if locked {
         return Err(UserError::new("the mirror no longer has packages that the lock names")
             .in_file(path)
@@ -223,7 +221,9 @@ pub fn prepare_lock(
     }
     let all = sets::list_requests(&load_all(project)?);
     let renewed = source.solve(&all, Some(&lock), &Update::Named(names))?;
-    source.progress.warn("the mirror no longer has packages that the lock names; they were replaced:");
+    source
+        .progress
+        .warn("the mirror no longer has packages that the lock names; they were replaced:");
     for change in renewed.compare(&lock) {
         source.progress.warn(&change.to_string());
     }

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::source::{self, Source};
+use crate::debian::package;
 use crate::digest::Key;
 use crate::lock::{Lock, LockedPackage};
-use crate::debian::package;
 use crate::rootfs::exclude::Excludes;
 use crate::rootfs::extract::{self, DebFile, Options, Purpose};
 use crate::tools::Tools;
@@ -51,11 +51,8 @@ pub fn unpack(
         })
         .collect();
     let excludes = Excludes::default();
-    let options =
-        Options { purpose: Purpose::Tools, threads: source.threads, excludes: &excludes };
-    extract::unpack_all(&debs, root, &options)
-        .with_context(|| format!("unpacking {set}"))
-        .map(drop)
+    let options = Options { purpose: Purpose::Tools, threads: source.threads, excludes: &excludes };
+    extract::unpack_all(&debs, root, &options).with_context(|| format!("unpacking {set}")).map(drop)
 }
 
 /// Packages by digest, in order, as inputs of a step.
@@ -64,4 +61,3 @@ pub fn add_packages(key: &mut Key, packages: &[&LockedPackage]) {
         key.add(format!("package {}", package.name), package.sha256.as_bytes());
     }
 }
-

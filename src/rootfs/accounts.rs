@@ -135,8 +135,10 @@ pub fn check_fixed(root: &Path, declared: &[Account]) -> Result<()> {
     if floating.is_empty() {
         return Ok(());
     }
-    let list: Vec<String> =
-        floating.iter().map(|(name, (kind, id))| format!("[[{kind}]] name = \"{name}\" id = {id}")).collect();
+    let list: Vec<String> = floating
+        .iter()
+        .map(|(name, (kind, id))| format!("[[{kind}]] name = \"{name}\" id = {id}"))
+        .collect();
     Err(UserError::new("packages made accounts whose ids no layer fixes")
         .why("an id that depends on the order of packages would change the owner of data on /var")
         .help(format!("add to the layer that brings the package:\n{}", list.join("\n")))
@@ -240,7 +242,8 @@ mod tests {
     #[test]
     fn the_days_of_passwords_are_those_of_the_epoch() {
         let root = make_root();
-        fs::write(root.path().join("etc/shadow"), "root:*:20000:0:99999:7:::\nx:!*:::::::\n").unwrap();
+        fs::write(root.path().join("etc/shadow"), "root:*:20000:0:99999:7:::\nx:!*:::::::\n")
+            .unwrap();
         fix_days(root.path(), 86400 * 7).unwrap();
         let shadow = fs::read_to_string(root.path().join("etc/shadow")).unwrap();
         assert_eq!(shadow, "root:*:7:0:99999:7:::\nx:!*:::::::\n");

@@ -43,9 +43,8 @@ pub fn read(root: &Path) -> Result<Vec<Diversion>> {
 /// Move what `unpacked` brought to where the diversions added since `before` want it.
 pub fn settle(root: &Path, before: &[Diversion], unpacked: &[Unpacked]) -> Result<()> {
     for diversion in read(root)?.iter().filter(|diversion| !before.contains(diversion)) {
-        let brings = |package: &&Unpacked| {
-            package.list.iter().any(|path| path == diversion.from.as_bytes())
-        };
+        let brings =
+            |package: &&Unpacked| package.list.iter().any(|path| path == diversion.from.as_bytes());
         let Some(owner) = unpacked.iter().find(brings) else { continue };
         let (from, to) = (root.join(&diversion.from[1..]), root.join(&diversion.to[1..]));
         // `--rename` has moved the file whoever brought it; without it nothing moved.
@@ -82,7 +81,8 @@ mod tests {
         let path = |name: &str| root.path().join(name);
         fs::create_dir_all(path("var/lib/dpkg")).unwrap();
         fs::create_dir_all(path("usr/bin")).unwrap();
-        fs::write(path("var/lib/dpkg/diversions"), "/usr/bin/x\n/usr/bin/x.other\nkeeper\n").unwrap();
+        fs::write(path("var/lib/dpkg/diversions"), "/usr/bin/x\n/usr/bin/x.other\nkeeper\n")
+            .unwrap();
         fs::write(path(present), "").unwrap();
         settle(root.path(), &[], &[unpacked(owner, "/usr/bin/x")]).unwrap();
         let name = fs::read_dir(path("usr/bin")).unwrap().next().unwrap().unwrap().file_name();

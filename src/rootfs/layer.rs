@@ -96,7 +96,9 @@ pub enum PlacedKind {
     /// Copied from this path of the host.
     File(PathBuf),
     Link(PathBuf),
-    Directory { keep_existing: bool },
+    Directory {
+        keep_existing: bool,
+    },
 }
 
 /// A file from outside, already in the store.
@@ -201,7 +203,12 @@ fn configure(
     }
     diversions::settle(root, &before, unpacked)?;
     inside.say("configuring")?;
-    let program = Program::new("dpkg").args(["--configure", "--pending", "--force-confold", "--force-unsafe-io"]);
+    let program = Program::new("dpkg").args([
+        "--configure",
+        "--pending",
+        "--force-confold",
+        "--force-unsafe-io",
+    ]);
     inside
         .watch_and_say(&program)
         .map_err(|error| explain_failure(job, error, "`dpkg --configure`"))?;
@@ -275,9 +282,14 @@ pub fn build_files(job: &FilesJob, inside: &mut Inside) -> Result<Sealed> {
             continue;
         }
         inside.say(verb)?;
-        let program = Program::new("systemctl").args(["--quiet", "--no-reload", verb]).args(units.clone());
+        let program =
+            Program::new("systemctl").args(["--quiet", "--no-reload", verb]).args(units.clone());
         inside.run(&program).map_err(|error| {
-            describe_failure(&job.common, error, &format!("`systemctl {verb}` failed in layer `{layer}`"))
+            describe_failure(
+                &job.common,
+                error,
+                &format!("`systemctl {verb}` failed in layer `{layer}`"),
+            )
         })?;
     }
     for command in &job.commands {
@@ -288,7 +300,11 @@ pub fn build_files(job: &FilesJob, inside: &mut Inside) -> Result<Sealed> {
             inside.open_shell()?;
         }
         ran.map_err(|error| {
-            describe_failure(&job.common, error, &format!("a command failed in layer `{layer}`: {command}"))
+            describe_failure(
+                &job.common,
+                error,
+                &format!("a command failed in layer `{layer}`: {command}"),
+            )
         })?;
     }
     seal::seal(&job.common, inside, "files")

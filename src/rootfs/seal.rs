@@ -67,10 +67,11 @@ pub fn seal(common: &Common, inside: &mut Inside, diff: &str) -> Result<Sealed> 
     let globs = NOT_SHIPPED.into_iter().chain(common.exclude.iter().map(String::as_str));
     let globs = globs.chain(common.remove.iter().map(String::as_str));
     let left_out = globs.fold(Excludes::default(), Excludes::exclude);
-    let file = File::create(&common.tar)
-        .with_context(|| format!("creating {}", common.tar.display()))?;
+    let file =
+        File::create(&common.tar).with_context(|| format!("creating {}", common.tar.display()))?;
     let mut out = Tee { file: BufWriter::with_capacity(1 << 20, file), hasher: Hasher::new() };
-    let choose = |path: &Path| match left_out.matches(&[b"/", path.as_os_str().as_bytes()].concat()) {
+    let choose = |path: &Path| match left_out.matches(&[b"/", path.as_os_str().as_bytes()].concat())
+    {
         true => pack::Choice::Drop,
         false => pack::Choice::Keep,
     };
@@ -107,8 +108,7 @@ fn write_tmpfiles(root: &Path, upper: &Path, name: &str) -> Result<()> {
     let fd = place::open_root(root)?;
     Walker::new(&fd, dpkg::make_folder)?.open(b"usr/lib/tmpfiles.d")?;
     let path = root.join("usr/lib/tmpfiles.d").join(format!("{name}.conf"));
-    fs::write(&path, lines.join("\n") + "\n")
-        .with_context(|| format!("writing {}", path.display()))
+    fs::write(&path, lines.join("\n") + "\n").with_context(|| format!("writing {}", path.display()))
 }
 
 fn list_var(folder: &Path, shown: &str, lines: &mut Vec<String>) -> Result<()> {
@@ -123,9 +123,10 @@ fn list_var(folder: &Path, shown: &str, lines: &mut Vec<String>) -> Result<()> {
     names.sort();
     for name in names {
         // A name that tmpfiles.d could misread is no folder of a package.
-        let Some(name) = name.to_str().filter(|name| {
-            name.chars().all(|c| c.is_ascii_alphanumeric() || "._-+@".contains(c))
-        }) else {
+        let Some(name) = name
+            .to_str()
+            .filter(|name| name.chars().all(|c| c.is_ascii_alphanumeric() || "._-+@".contains(c)))
+        else {
             continue;
         };
         let path = format!("{shown}/{name}");

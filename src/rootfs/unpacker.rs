@@ -112,11 +112,8 @@ impl<'a> Unpacker<'a> {
 
     /// Places one entry; `content` is a file's.
     pub fn place(&mut self, entry: &Entry, content: &mut dyn Read) -> Result<()> {
-        let listed = if entry.path.is_empty() {
-            b"/.".to_vec()
-        } else {
-            [b"/", &entry.path[..]].concat()
-        };
+        let listed =
+            if entry.path.is_empty() { b"/.".to_vec() } else { [b"/", &entry.path[..]].concat() };
         if let Kind::Special(what) = entry.kind {
             if self.owners == Owners::Mine {
                 return Ok(());
