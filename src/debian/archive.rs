@@ -115,10 +115,8 @@ pub fn normalise_path(path: &[u8]) -> Result<Vec<u8>> {
     if path.iter().any(|byte| matches!(byte, 0 | b'\n')) {
         bail!(wrong("a path with a NUL or a line break"));
     }
-    let parts: Vec<&[u8]> = path
-        .split(|byte| *byte == b'/')
-        .filter(|part| !part.is_empty() && *part != b".")
-        .collect();
+    let parts: Vec<&[u8]> =
+        path.split(|byte| *byte == b'/').filter(|part| !part.is_empty() && *part != b".").collect();
     if parts.contains(&&b".."[..]) {
         bail!(wrong("a path with `..`"));
     }
@@ -175,9 +173,8 @@ fn make_entry(header: &tar::Header, size: u64, extension: Extension) -> Result<E
             bail!("its two headers give different sizes");
         }
         let old = header.as_old();
-        let read_id = |bytes: &[u8], what| -> Result<u32> {
-            check_id(read_number(bytes, what)?, what)
-        };
+        let read_id =
+            |bytes: &[u8], what| -> Result<u32> { check_id(read_number(bytes, what)?, what) };
         Ok(Entry {
             path: path.clone(),
             mode: u32::try_from(read_number(&old.mode, "mode")? & 0o7777).expect("12 bits"),
@@ -202,9 +199,11 @@ fn read_number(field: &[u8], what: &str) -> Result<u64> {
     if first & 0x80 != 0 {
         let (head, tail) = field.split_at(field.len() - 8);
         // The second bit is the sign; what does not fit into 63 bits is nonsense.
-        let high = head.iter().enumerate().any(|(i, byte)| {
-            if i == 0 { byte & 0x7f != 0 } else { *byte != 0 }
-        });
+        let high = head.iter().enumerate().any(
+            |(i, byte)| {
+                if i == 0 { byte & 0x7f != 0 } else { *byte != 0 }
+            },
+        );
         let mut bytes: [u8; 8] = tail.try_into().expect("8 bytes");
         if head.is_empty() {
             bytes[0] &= 0x7f;

@@ -92,10 +92,7 @@ pub fn open_tar<'a>(
     limit: u64,
 ) -> Result<tar::Archive<Stream<'a>>> {
     let mut magic = Vec::new();
-    (&mut reader)
-        .take(6)
-        .read_to_end(&mut magic)
-        .with_context(|| format!("reading {name}"))?;
+    (&mut reader).take(6).read_to_end(&mut magic).with_context(|| format!("reading {name}"))?;
     let compression = match &magic[..] {
         [0x1f, 0x8b, ..] => Compression::Gzip,
         b"\xfd7zXZ\0" => Compression::Xz,

@@ -50,8 +50,8 @@ pub struct Metadata {
     pub mode: u32,
     pub uid: u32,
     pub gid: u32,
-    /// `None` leaves the time it was made.
-    pub mtime: Option<u64>,
+    /// Seconds since 1970.
+    pub mtime: u64,
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
@@ -71,6 +71,9 @@ pub struct Verdict {
     /// The winner replaces the loser.
     pub allowed: bool,
 }
+
+/// A package by its place in the order, and a path without links.
+pub type PackagePath = (usize, Vec<u8>);
 
 type Shard = HashMap<Vec<u8>, Claim>;
 
@@ -174,10 +177,7 @@ impl Claims {
     /// Errors: a hard link (`links`: packages and the paths of targets) to a file that
     /// another package replaces, or replacements that go round in a circle: what is in
     /// the root would depend on who came first.
-    pub fn close(
-        &self,
-        links: &[(usize, Vec<u8>)],
-    ) -> Result<(Vec<(usize, Vec<u8>)>, Vec<Conflict>)> {
+    pub fn close(&self, links: &[PackagePath]) -> Result<(Vec<PackagePath>, Vec<Conflict>)> {
         let name = |package: usize| {
             self.facts[package].get().map(|facts| facts.name.clone()).unwrap_or_default()
         };

@@ -145,15 +145,18 @@ mod tests {
             ("", "", true),
             ("*", "", true),
         ] {
-            assert_eq!(matches_glob(pattern.as_bytes(), path.as_bytes()), wanted, "{pattern} {path}");
+            assert_eq!(
+                matches_glob(pattern.as_bytes(), path.as_bytes()),
+                wanted,
+                "{pattern} {path}"
+            );
         }
     }
 
     #[test]
     fn the_last_match_decides_and_folders_on_the_way_stay() {
-        let excludes = Excludes::default()
-            .exclude("/usr/share/doc/*")
-            .include("/usr/share/doc/*/copyright");
+        let excludes =
+            Excludes::default().exclude("/usr/share/doc/*").include("/usr/share/doc/*/copyright");
         let skips = |path: &str, kind: Kind| excludes.skips(path.as_bytes(), &kind);
         assert!(skips("/usr/share/doc/a/README", Kind::File));
         assert!(!skips("/usr/share/doc/a/copyright", Kind::File));

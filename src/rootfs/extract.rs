@@ -213,8 +213,8 @@ impl Job<'_> {
     fn unpack(&self, index: usize) -> Result<(Unpacked, Extra)> {
         let deb = &self.debs[index];
         let unpack = || -> Result<(Unpacked, Extra)> {
-            let file = File::open(&deb.path)
-                .with_context(|| format!("opening {}", deb.path.display()))?;
+            let file =
+                File::open(&deb.path).with_context(|| format!("opening {}", deb.path.display()))?;
             let opened = package::open_package(file, &deb.name, deb.limit)?;
             self.unpack_opened(index, opened)
         };
@@ -253,9 +253,7 @@ impl Job<'_> {
                 unpacker.sum_all();
             }
         }
-        archive::read_entries(opened.into_data(), |entry, content| {
-            unpacker.place(entry, content)
-        })?;
+        archive::read_entries(opened.into_data(), |entry, content| unpacker.place(entry, content))?;
         let placed = unpacker.into_placed();
         for conffile in &mut conffiles {
             conffile.md5 = placed.sums.get(conffile.path.as_bytes()).cloned();

@@ -35,9 +35,10 @@ impl Facts {
     /// Whether this package may take files over from `other` (deb-control(5), Replaces).
     pub fn replaces(&self, other: &Facts) -> bool {
         let Ok(relations) = self.replaces.parse() else { return false };
-        relations.iter().flatten().any(|relation| {
-            relation.name == other.name && relation.admits(Some(&other.version))
-        })
+        relations
+            .iter()
+            .flatten()
+            .any(|relation| relation.name == other.name && relation.admits(Some(&other.version)))
     }
 }
 

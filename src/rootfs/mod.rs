@@ -1,5 +1,6 @@
 //! The root file system: extract packages, build a layer, make its bytes reproducible.
 
+mod claims;
 pub mod dpkg;
 pub mod exclude;
 pub mod extract;
@@ -7,4 +8,3 @@ mod installed;
 pub mod pack;
 mod place;
 mod unpacker;
-mod claims;

@@ -87,7 +87,10 @@ pub fn pack_layer(
 
 /// What a path in the layer is.
 enum Item {
-    Folder { stat: Stat, xattrs: Xattrs },
+    Folder {
+        stat: Stat,
+        xattrs: Xattrs,
+    },
     File(Stat),
     Symlink(Stat),
     /// `.wh.NAME`, or the mark of an opaque folder.
@@ -216,9 +219,7 @@ fn read_attributes(fd: impl AsFd) -> Result<Attributes> {
             (Some(_), _) => {}
             (
                 None,
-                b"security.capability"
-                | b"system.posix_acl_access"
-                | b"system.posix_acl_default",
+                b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default",
             ) => {
                 attributes.kept.insert(name.to_vec(), read()?);
             }

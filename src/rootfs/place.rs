@@ -22,7 +22,8 @@ const MAX_OPEN: usize = 48;
 /// As deep as the folders of an archive may be.
 const MAX_DEPTH: usize = 128;
 /// `O_PATH` cannot read or write what it names; it needs no permission either.
-const FOLDER: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+const FOLDER: OFlags =
+    OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 /// An open folder of the root.
 pub struct Folder {
@@ -57,19 +58,18 @@ pub fn open_root(root: &Path) -> Result<OwnedFd> {
         .with_context(|| format!("opening {}", root.display()))
 }
 
+/// Makes a folder that is missing: the one it belongs in, and its name.
+type MakeFolder<'a> = dyn Fn(&Folder, &[u8]) -> Result<()> + 'a;
+
 /// Finds folders beneath one root and keeps the last ones open; one for each thread.
 pub struct Walker<'a> {
     root: Rc<Folder>,
     open: HashMap<Vec<u8>, Rc<Folder>>,
-    /// Makes a folder that is missing: the one it belongs in, and its name.
-    make: Box<dyn Fn(&Folder, &[u8]) -> Result<()> + 'a>,
+    make: Box<MakeFolder<'a>>,
 }
 
 impl<'a> Walker<'a> {
-    pub fn new(
-        root: &OwnedFd,
-        make: impl Fn(&Folder, &[u8]) -> Result<()> + 'a,
-    ) -> Result<Self> {
+    pub fn new(root: &OwnedFd, make: impl Fn(&Folder, &[u8]) -> Result<()> + 'a) -> Result<Self> {
         let fd = root.try_clone().context("duplicating a descriptor")?;
         let root = Rc::new(Folder { fd, path: Vec::new() });
         Ok(Walker { root, open: HashMap::new(), make: Box::new(make) })
@@ -108,7 +108,9 @@ impl<'a> Walker<'a> {
                 Ok(fd) => return Ok(Rc::new(Folder { fd, path })),
                 Err(Errno::NOENT) if !made => (self.make)(above, name)?,
                 Err(Errno::NOTDIR | Errno::LOOP) => return self.follow(above, name, links),
-                Err(error) => return Err(error).with_context(|| format!("opening {}", show(&path))),
+                Err(error) => {
+                    return Err(error).with_context(|| format!("opening {}", show(&path)));
+                }
             }
         }
         bail!("{}: a folder that vanished", show(&path))

@@ -112,11 +112,8 @@ impl<'a> Unpacker<'a> {
 
     /// Places one entry; `content` is a file's.
     pub fn place(&mut self, entry: &Entry, content: &mut dyn Read) -> Result<()> {
-        let listed = if entry.path.is_empty() {
-            b"/.".to_vec()
-        } else {
-            [b"/", &entry.path[..]].concat()
-        };
+        let listed =
+            if entry.path.is_empty() { b"/.".to_vec() } else { [b"/", &entry.path[..]].concat() };
         if let Kind::Special(what) = entry.kind {
             if self.owners == Owners::Mine {
                 return Ok(());
@@ -200,7 +197,7 @@ impl<'a> Unpacker<'a> {
                 mode: entry.mode,
                 uid: entry.uid,
                 gid: entry.gid,
-                mtime: Some(entry.mtime),
+                mtime: entry.mtime,
                 xattrs: self.choose_xattrs(entry)?,
             },
         };
@@ -362,7 +359,7 @@ impl<'a> Unpacker<'a> {
             mode: entry.mode,
             uid: entry.uid,
             gid: entry.gid,
-            mtime: Some(entry.mtime),
+            mtime: entry.mtime,
             xattrs: self.choose_xattrs(entry)?,
         };
         set_metadata(&file, &metadata, self.owners)
@@ -427,7 +424,8 @@ struct Target {
     listed: Vec<u8>,
 }
 
-/// A folder that no archive has named yet; one that does may come later.
+/// A folder that no archive has named yet; one that does may come later. Without one, its
+/// time is 1970, because that of its making would be another in every run.
 fn make_implied(claims: &Claims, above: &Folder, name: &[u8]) -> Result<()> {
     let path = join(&above.path, name);
     let mut locked = claims.lock(&path);
@@ -461,10 +459,7 @@ fn set_metadata(fd: impl AsFd, metadata: &Metadata, owners: Owners) -> Result<()
         fs::fsetxattr(&fd, &name[..], value, XattrFlags::empty())
             .with_context(|| format!("setting the attribute {}", name.escape_ascii()))?;
     }
-    match metadata.mtime {
-        Some(mtime) => fs::futimens(&fd, &make_times(mtime)).context("setting the time"),
-        None => Ok(()),
-    }
+    fs::futimens(&fd, &make_times(metadata.mtime)).context("setting the time")
 }
 
 fn choose_owner(owners: Owners, uid: u32, gid: u32) -> Option<(Uid, Gid)> {

@@ -35,7 +35,13 @@ pub(crate) fn pax(records: &[(&str, &[u8])]) -> Vec<u8> {
     let mut body = Vec::new();
     for (key, value) in records {
         let rest = key.len() + value.len() + 3;
-        let digits = if rest + 1 < 10 { 1 } else if rest + 2 < 100 { 2 } else { 3 };
+        let digits = if rest + 1 < 10 {
+            1
+        } else if rest + 2 < 100 {
+            2
+        } else {
+            3
+        };
         body.extend_from_slice(format!("{} {key}=", rest + digits).as_bytes());
         body.extend_from_slice(value);
         body.push(b'\n');
@@ -98,8 +104,14 @@ fn a_huge_name_is_refused_before_it_is_read() {
     let bytes = std::io::Read::chain(&huge[..], std::io::repeat(b'a').take(1 << 30));
     let error = read_entries(tar::Archive::new(bytes), |_, _| Ok(())).unwrap_err();
     assert!(error.to_string().contains("more than"), "{error}");
-    refuse(&[raw_entry(b"x", b'L', b"", &[b'a'; 5000]), raw_entry(b"x", b'0', b"", b"")], "too long");
-    refuse(&[raw_entry(b"x", b'L', b"", &[b'a'; 300]), raw_entry(b"x", b'0', b"", b"")], "too long");
+    refuse(
+        &[raw_entry(b"x", b'L', b"", &[b'a'; 5000]), raw_entry(b"x", b'0', b"", b"")],
+        "too long",
+    );
+    refuse(
+        &[raw_entry(b"x", b'L', b"", &[b'a'; 300]), raw_entry(b"x", b'0', b"", b"")],
+        "too long",
+    );
 }
 
 #[test]
@@ -122,9 +134,15 @@ fn a_pax_size_that_lies_is_refused() {
     refuse(&[pax(&[("size", b"512")]), raw_entry(b"x", b'0', b"", b"")], "different sizes");
     read(&[pax(&[("size", b"3")]), raw_entry(b"x", b'0', b"", b"abc")]).unwrap();
     refuse(&[raw_entry(b"x", b'5', b"", b"abc")], "content");
-    refuse(&[raw_entry(b"x", b'x', b"", b"99 path=x\n"), raw_entry(b"x", b'0', b"", b"")], "record");
+    refuse(
+        &[raw_entry(b"x", b'x', b"", b"99 path=x\n"), raw_entry(b"x", b'0', b"", b"")],
+        "record",
+    );
     refuse(&[raw_entry(b"x", b'x', b"", b"3 =\n"), raw_entry(b"x", b'0', b"", b"")], "record");
-    refuse(&[raw_entry(b"x", b'g', b"", b"10 path=x\n"), raw_entry(b"x", b'0', b"", b"")], "global");
+    refuse(
+        &[raw_entry(b"x", b'g', b"", b"10 path=x\n"), raw_entry(b"x", b'0', b"", b"")],
+        "global",
+    );
     refuse(&[raw_entry(b"x", b'x', b"", b"10 path=x\n")], "not there");
 }
 

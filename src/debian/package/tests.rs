@@ -23,7 +23,8 @@ pub(crate) fn compress(bytes: &[u8], suffix: &str) -> Vec<u8> {
 }
 
 fn ar_member(name: &str, content: &[u8]) -> Vec<u8> {
-    let header = format!("{name:<16}{:<12}{:<6}{:<6}{:<8}{:<10}`\n", 0, 0, 0, 100644, content.len());
+    let header =
+        format!("{name:<16}{:<12}{:<6}{:<6}{:<8}{:<10}`\n", 0, 0, 0, 100644, content.len());
     let mut bytes = header.into_bytes();
     bytes.extend_from_slice(content);
     bytes.resize(bytes.len().next_multiple_of(2), b'\n');
@@ -100,7 +101,8 @@ fn a_bomb_is_refused_and_the_package_is_named() {
 #[test]
 fn a_package_cut_anywhere_is_refused() {
     for suffix in ["", ".gz", ".xz", ".zst"] {
-        let noise: Vec<u8> = (0..5000u32).map(|n| (n.wrapping_mul(2654435761) >> 13) as u8).collect();
+        let noise: Vec<u8> =
+            (0..5000u32).map(|n| (n.wrapping_mul(2654435761) >> 13) as u8).collect();
         let deb = make_deb(&[control()], &[raw_entry(b"x", b'0', b"", &noise)], suffix);
         // The last byte may be padding of the ar archive.
         for cut in (0..deb.len() - 1).step_by(61).chain([deb.len() - 4]) {
@@ -120,7 +122,9 @@ fn a_flipped_bit_is_noticed() {
             bad[at] ^= 0x10;
             // zstd frames made here have no checksum; gzip's header has bits for nothing.
             match read_all(&bad, 1 << 20) {
-                Ok(files) => assert!(suffix != ".xz" && (suffix == ".zst" || files == good), "{suffix} {at}"),
+                Ok(files) => {
+                    assert!(suffix != ".xz" && (suffix == ".zst" || files == good), "{suffix} {at}")
+                }
                 Err(_) => continue,
             }
         }
@@ -134,7 +138,9 @@ fn what_is_no_package_is_refused() {
     refuse(b"PK\x03\x04aaaaaaaa", "not an ar");
     let other = [b"!<arch>\n".to_vec(), ar_member("debian-binary", b"3.0\n")].concat();
     refuse(&other, "format 3.0");
-    let swapped = [b"!<arch>\n".to_vec(), ar_member("debian-binary", b"2.0\n"), ar_member("data.tar", b"")].concat();
+    let swapped =
+        [b"!<arch>\n".to_vec(), ar_member("debian-binary", b"2.0\n"), ar_member("data.tar", b"")]
+            .concat();
     refuse(&swapped, "control.tar");
     refuse(&make_deb(&[], &[], ".gz"), "no file `control`");
     refuse(&make_deb(&[control(), control()], &[], ".gz"), "twice");
@@ -147,7 +153,8 @@ fn what_is_no_package_is_refused() {
 #[test]
 fn a_plain_tar_is_read_whatever_its_compression() {
     for suffix in ["", ".gz", ".xz", ".zst"] {
-        let tar = compress(&[&raw_entry(b"x", b'0', b"", b"hello")[..], &[0; 1024]].concat(), suffix);
+        let tar =
+            compress(&[&raw_entry(b"x", b'0', b"", b"hello")[..], &[0; 1024]].concat(), suffix);
         let mut seen = 0;
         archive::read_entries(open_tar(&tar[..], "x", 1 << 20).unwrap(), |_, _| {
             seen += 1;

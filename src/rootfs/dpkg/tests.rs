@@ -90,7 +90,8 @@ const LOG: &str = "#!/bin/sh\necho \"$DPKG_MAINTSCRIPT_PACKAGE $DPKG_MAINTSCRIPT
 /// What the first layer has: packages that are interested in triggers, one that has a
 /// file taken over, one that diverts.
 fn make_first(dir: &Path) -> Vec<PathBuf> {
-    let interests = "interest-noawait /usr/lib/plugins\ninterest /usr/lib/awaited\ninterest refresh\n";
+    let interests =
+        "interest-noawait /usr/lib/plugins\ninterest /usr/lib/awaited\ninterest refresh\n";
     vec![
         build_deb(dir, "cache", "", &[("triggers", interests), ("postinst", LOG)], "xz", |tree| {
             write(tree, "usr/lib/plugins/first", "1");
@@ -115,35 +116,57 @@ fn make_second(dir: &Path) -> Vec<PathBuf> {
             dir,
             "conf",
             "Section: misc\nMulti-Arch: foreign\n",
-            &[("conffiles", "/etc/conf/a\n/etc/conf/b\n"), ("postinst", LOG), ("prerm", LOG), ("md5sums", "")],
+            &[
+                ("conffiles", "/etc/conf/a\n/etc/conf/b\n"),
+                ("postinst", LOG),
+                ("prerm", LOG),
+                ("md5sums", ""),
+            ],
             "gzip",
             |tree| {
                 write(tree, "etc/conf/a", "a\n");
                 write(tree, "etc/conf/b", "b\n");
-                fs::set_permissions(tree.join("etc/conf/b"), fs::Permissions::from_mode(0o640)).unwrap();
+                fs::set_permissions(tree.join("etc/conf/b"), fs::Permissions::from_mode(0o640))
+                    .unwrap();
             },
         ),
         build_deb(
             dir,
             "libsame",
             "Architecture: amd64\nMulti-Arch: same\n",
-            &[("triggers", activate), ("shlibs", "libsame 1 libsame\n"), ("symbols", "libsame.so.1 libsame #MINVER#\n"), ("postinst", LOG), ("postrm", LOG)],
+            &[
+                ("triggers", activate),
+                ("shlibs", "libsame 1 libsame\n"),
+                ("symbols", "libsame.so.1 libsame #MINVER#\n"),
+                ("postinst", LOG),
+                ("postrm", LOG),
+            ],
             "none",
             |tree| {
                 write(tree, "usr/lib/x86_64-linux-gnu/libsame.so.1.0", "elf");
-                symlink("libsame.so.1.0", tree.join("usr/lib/x86_64-linux-gnu/libsame.so.1")).unwrap();
+                symlink("libsame.so.1.0", tree.join("usr/lib/x86_64-linux-gnu/libsame.so.1"))
+                    .unwrap();
                 write(tree, "usr/lib/plugins/same", "p");
             },
         ),
-        build_deb(dir, "linked", "Depends: conf\n", &[("postinst", LOG), ("templates", "Template: a/b\nType: note\n"), ("config", LOG)], "zstd", |tree| {
-            write(tree, "usr/bin/one", "one\n");
-            fs::hard_link(tree.join("usr/bin/one"), tree.join("usr/bin/two")).unwrap();
-            fs::set_permissions(tree.join("usr/bin/one"), fs::Permissions::from_mode(0o4755)).unwrap();
-            write(tree, "usr/lib/awaited/x", "x");
-            write(tree, "usr/share/doc/linked/README", "read\n");
-            write(tree, "usr/share/doc/linked/copyright", "copy\n");
-            fs::create_dir_all(tree.join(format!("usr/share/{}", "long-name/".repeat(12)))).unwrap();
-        }),
+        build_deb(
+            dir,
+            "linked",
+            "Depends: conf\n",
+            &[("postinst", LOG), ("templates", "Template: a/b\nType: note\n"), ("config", LOG)],
+            "zstd",
+            |tree| {
+                write(tree, "usr/bin/one", "one\n");
+                fs::hard_link(tree.join("usr/bin/one"), tree.join("usr/bin/two")).unwrap();
+                fs::set_permissions(tree.join("usr/bin/one"), fs::Permissions::from_mode(0o4755))
+                    .unwrap();
+                write(tree, "usr/lib/awaited/x", "x");
+                write(tree, "usr/share/doc/linked/README", "read\n");
+                write(tree, "usr/share/doc/linked/copyright", "copy\n");
+                fs::create_dir_all(tree.join(format!("usr/share/{}", "long-name/".repeat(12))))
+                    .unwrap();
+            },
+        ),
         build_deb(dir, "taker", "Replaces: old, conf\n", &[("postinst", LOG)], "xz", |tree| {
             write(tree, "usr/bin/moved", "new\n");
             write(tree, "etc/conf/c", "not a conffile\n");
@@ -183,7 +206,8 @@ fn describe_root(root: &Path) -> (BTreeMap<String, String>, BTreeMap<String, Str
         for entry in fs::read_dir(base.join(folder)).unwrap() {
             let entry = entry.unwrap();
             let name = entry.path().strip_prefix(&base).unwrap().to_str().unwrap().to_string();
-            let skipped = ["lock", "-old", "Lock", "lock-frontend"].iter().any(|end| name.ends_with(end));
+            let skipped =
+                ["lock", "-old", "Lock", "lock-frontend"].iter().any(|end| name.ends_with(end));
             if entry.file_type().unwrap().is_dir() || skipped {
                 continue;
             }
@@ -211,20 +235,36 @@ fn a_layer_ends_as_stock_dpkg_would_have_left_it() {
     let stock = dir.path().join("stock");
     fs::create_dir(&stock).unwrap();
     make_database(&stock);
-    let paths = |debs: &[PathBuf]| debs.iter().map(|deb| deb.display().to_string()).collect::<Vec<_>>();
+    let paths =
+        |debs: &[PathBuf]| debs.iter().map(|deb| deb.display().to_string()).collect::<Vec<_>>();
     let with = |verb: &'static str, debs: &[String]| {
-        let mut args = vec![verb, "--path-exclude=/usr/share/doc/*", "--path-include=/usr/share/doc/*/copyright"];
+        let mut args = vec![
+            verb,
+            "--path-exclude=/usr/share/doc/*",
+            "--path-include=/usr/share/doc/*/copyright",
+        ];
         args.extend(debs.iter().map(String::as_str));
         args.into_iter().map(String::from).collect::<Vec<String>>()
     };
-    run_dpkg(&stock, &with("--install", &paths(&first)).iter().map(String::as_str).collect::<Vec<_>>());
-    fs::write(stock.join("var/lib/dpkg/diversions"), "/usr/bin/diverted\n/usr/bin/diverted.weak\nold\n").unwrap();
+    run_dpkg(
+        &stock,
+        &with("--install", &paths(&first)).iter().map(String::as_str).collect::<Vec<_>>(),
+    );
+    fs::write(
+        stock.join("var/lib/dpkg/diversions"),
+        "/usr/bin/diverted\n/usr/bin/diverted.weak\nold\n",
+    )
+    .unwrap();
     fs::remove_file(stock.join("log")).unwrap();
     let ours = dir.path().join("ours");
     Command::new("cp").args(["-a"]).arg(&stock).arg(&ours).run().unwrap();
 
-    run_dpkg(&stock, &with("--unpack", &paths(&second)).iter().map(String::as_str).collect::<Vec<_>>());
-    let excludes = Excludes::default().exclude("/usr/share/doc/*").include("/usr/share/doc/*/copyright");
+    run_dpkg(
+        &stock,
+        &with("--unpack", &paths(&second)).iter().map(String::as_str).collect::<Vec<_>>(),
+    );
+    let excludes =
+        Excludes::default().exclude("/usr/share/doc/*").include("/usr/share/doc/*/copyright");
     let unpacking = unpack(&ours, &second, &excludes);
     assert_eq!(unpacking.conflicts, []);
     register(&ours, &unpacking.packages).unwrap();
@@ -276,7 +316,8 @@ fn a_root_made_from_nothing_is_clean_after_configure() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let debs: Vec<PathBuf> = make_first(dir.path()).into_iter().chain(make_second(dir.path())).collect();
+    let debs: Vec<PathBuf> =
+        make_first(dir.path()).into_iter().chain(make_second(dir.path())).collect();
     let root = dir.path().join("root");
     fs::create_dir(&root).unwrap();
     let unpacking = unpack(&root, &debs, &Excludes::default());

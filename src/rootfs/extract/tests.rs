@@ -66,14 +66,17 @@ impl Bench {
 
 /// One package with these entries is refused with a message that holds `why`.
 fn refuse(data: &[Vec<u8>], why: &str) {
-    let mut bench = Bench::new();
+    refuse_by(Bench::new(), data, why);
+}
+
+fn refuse_by(mut bench: Bench, data: &[Vec<u8>], why: &str) {
     fs::write(bench.dir.path().join("secret"), "outside").unwrap();
-    bench.purpose = Purpose::Install;
     bench.add("evil", "", &[], data);
     let error = bench.run().unwrap_err();
     let text = format!("{error:#}");
     assert!(text.contains("evil") && text.contains(why), "{text}");
-    let left: Vec<_> = fs::read_dir(bench.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    let left: Vec<_> =
+        fs::read_dir(bench.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left.len(), 3, "{left:?}");
     assert_eq!(fs::read_to_string(bench.dir.path().join("secret")).unwrap(), "outside");
 }
@@ -160,7 +163,7 @@ fn a_link_is_never_written_through_to_the_outside() {
 fn device_nodes_and_fifos_are_refused_or_left_out_of_tools() {
     for (kind, why) in [(b'3', "character device"), (b'4', "block device"), (b'6', "fifo")] {
         let node = || raw_entry(b"dev/node", kind, b"", b"");
-        refuse(&[node()], why);
+        refuse_by(Bench { purpose: Purpose::Install, ..Bench::new() }, &[node()], why);
         let mut bench = Bench::new();
         bench.purpose = Purpose::Tools;
         bench.add("p", "", &[], &[node(), file("x", "x")]);
@@ -192,16 +195,21 @@ fn metadata_is_kept_of_files_links_and_folders() {
         header.set_mtime(1_000_000_000);
     };
     let mut bench = Bench::new();
-    bench.add("p", "", &[], &[
-        edit_entry(b"d/", b'5', b"", b"", odd),
-        edit_entry(b"d/x", b'0', b"", b"x", |header| {
-            odd(header);
-            header.set_mode(0o4755);
-        }),
-        edit_entry(b"d/l", b'2', b"nowhere", b"", odd),
-        hard_link("d/h", "d/x"),
-        file("implied/deep/y", "y"),
-    ]);
+    bench.add(
+        "p",
+        "",
+        &[],
+        &[
+            edit_entry(b"d/", b'5', b"", b"", odd),
+            edit_entry(b"d/x", b'0', b"", b"x", |header| {
+                odd(header);
+                header.set_mode(0o4755);
+            }),
+            edit_entry(b"d/l", b'2', b"nowhere", b"", odd),
+            hard_link("d/h", "d/x"),
+            file("implied/deep/y", "y"),
+        ],
+    );
     bench.run().unwrap();
     let read = |name: &str| fs::symlink_metadata(bench.root().join(name)).unwrap();
     for name in ["d", "d/x", "d/l", "d/h"] {
@@ -225,7 +233,8 @@ fn file_capabilities_survive() {
     // cap_net_raw+ep (linux/capability.h, version 2, little endian).
     let capability = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let mut bench = Bench::new();
-    let records = [("SCHILY.xattr.security.capability", &capability[..]), ("SCHILY.xattr.user.a", b"b")];
+    let records =
+        [("SCHILY.xattr.security.capability", &capability[..]), ("SCHILY.xattr.user.a", b"b")];
     bench.add("p", "", &[], &[pax(&records), file("ping", "x")]);
     bench.run().unwrap();
     let mut value = [0; 64];
@@ -257,7 +266,12 @@ fn threads_and_their_order_do_not_change_the_result() {
         let mut bench = Bench::new();
         bench.threads = threads;
         let names = ["one", "two", "three", "four", "five", "six"];
-        bench.add("base-files", "", &[], &[folder("usr/"), folder("usr/lib/"), link("lib", "usr/lib")]);
+        bench.add(
+            "base-files",
+            "",
+            &[],
+            &[folder("usr/"), folder("usr/lib/"), link("lib", "usr/lib")],
+        );
         for (i, name) in names.iter().enumerate() {
             let mode = 0o700 + i as u32;
             let mut data = Vec::new();
@@ -271,8 +285,14 @@ fn threads_and_their_order_do_not_change_the_result() {
             }
             // The same file by two paths.
             data.push(file(if i % 2 == 0 { "lib/shared" } else { "usr/lib/shared" }, name));
-            data.push(raw_entry(format!("big-{name}").as_bytes(), b'0', b"", &vec![b'x'; sizes[i]]));
-            let replaces = if i == 3 { "Replaces: one, two, three, five (<< 2), six\n" } else { "" };
+            data.push(raw_entry(
+                format!("big-{name}").as_bytes(),
+                b'0',
+                b"",
+                &vec![b'x'; sizes[i]],
+            ));
+            let replaces =
+                if i == 3 { "Replaces: one, two, three, five (<< 2), six\n" } else { "" };
             bench.add(name, replaces, &[], &data);
         }
         let unpacking = bench.run().unwrap();
@@ -325,12 +345,18 @@ fn a_link_in_one_package_and_a_folder_in_another_is_a_conflict() {
 #[test]
 fn excluded_files_are_listed_but_not_there() {
     let mut bench = Bench::new();
-    bench.excludes = Excludes::default().exclude("/usr/share/doc/*").include("/usr/share/doc/*/copyright");
-    bench.add("p", "", &[], &[
-        folder("./usr/share/doc/p/"),
-        file("./usr/share/doc/p/README", "x"),
-        file("./usr/share/doc/p/copyright", "x"),
-    ]);
+    bench.excludes =
+        Excludes::default().exclude("/usr/share/doc/*").include("/usr/share/doc/*/copyright");
+    bench.add(
+        "p",
+        "",
+        &[],
+        &[
+            folder("./usr/share/doc/p/"),
+            file("./usr/share/doc/p/README", "x"),
+            file("./usr/share/doc/p/copyright", "x"),
+        ],
+    );
     let list = bench.run().unwrap().packages.remove(0).list;
     assert_eq!(list.len(), 3);
     assert!(!bench.root().join("usr/share/doc/p/README").exists());
@@ -345,7 +371,9 @@ fn conffiles_wait_beside_their_places_and_tools_have_them_in_place() {
     if is_root() {
         let package = bench.run().unwrap().packages.remove(0);
         assert_eq!(package.conffiles[0].md5.as_deref(), Some("b1946ac92492d2347c6235b4d2611184"));
-        assert!(bench.root().join("etc/p.dpkg-new").exists() && !bench.root().join("etc/p").exists());
+        assert!(
+            bench.root().join("etc/p.dpkg-new").exists() && !bench.root().join("etc/p").exists()
+        );
     }
     bench.purpose = Purpose::Tools;
     bench.run().unwrap();
@@ -364,7 +392,10 @@ fn an_artifact_belongs_to_root_and_stays_inside() {
     };
     let theirs = edit_entry(b"bin/etcd", b'0', b"", b"x", |header| header.set_uid(1001));
     assert_eq!(unpack(&[folder("bin/"), theirs]).unwrap(), 2);
-    assert_eq!(fs::metadata(dir.path().join("bin/etcd")).unwrap().uid(), rustix::process::geteuid().as_raw());
+    assert_eq!(
+        fs::metadata(dir.path().join("bin/etcd")).unwrap().uid(),
+        rustix::process::geteuid().as_raw()
+    );
     let error = format!("{:#}", unpack(&[file("../x", "")]).unwrap_err());
     assert!(error.contains("a.tar.gz"), "{error}");
 }
@@ -382,13 +413,19 @@ fn real_packages_unpack_as_dpkg_deb_unpacks_them() {
         if path.extension().is_none_or(|extension| extension != "deb") {
             continue;
         }
-        let name = path.file_name().unwrap().to_str().unwrap().split('_').next().unwrap().to_string();
+        let name =
+            path.file_name().unwrap().to_str().unwrap().split('_').next().unwrap().to_string();
         bench.debs.push(DebFile { name, path, limit: 4 << 30 });
     }
     bench.debs.sort_by(|a, b| a.name.cmp(&b.name));
     let began = std::time::Instant::now();
     let unpacking = bench.run().unwrap();
-    println!("{} packages in {:?}, conflicts: {:?}", bench.debs.len(), began.elapsed(), unpacking.conflicts);
+    println!(
+        "{} packages in {:?}, conflicts: {:?}",
+        bench.debs.len(),
+        began.elapsed(),
+        unpacking.conflicts
+    );
     let oracle = bench.dir.path().join("oracle");
     fs::create_dir(&oracle).unwrap();
     let mut order: Vec<&DebFile> = bench.debs.iter().collect();
@@ -410,7 +447,12 @@ fn real_packages_unpack_as_dpkg_deb_unpacks_them() {
         tree
     };
     let (ours, theirs) = (strip(&bench.root()), strip(&oracle));
-    let differing: Vec<_> = theirs.iter().filter(|(k, v)| ours.get(*k) != Some(v)).take(20).map(|(k, v)| (k, v, ours.get(k))).collect();
+    let differing: Vec<_> = theirs
+        .iter()
+        .filter(|(k, v)| ours.get(*k) != Some(v))
+        .take(20)
+        .map(|(k, v)| (k, v, ours.get(k)))
+        .collect();
     assert!(differing.is_empty(), "{differing:#?}");
     assert_eq!(ours.len(), theirs.len());
 }
