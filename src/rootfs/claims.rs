@@ -9,7 +9,7 @@
 //!   neither does, the first in order does and a [`Conflict`] says so;
 //! - a folder in one package and a link or a file in another is a [`Conflict`].
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
@@ -50,18 +50,16 @@ pub struct Metadata {
     pub mode: u32,
     pub uid: u32,
     pub gid: u32,
-    /// `None` leaves the time it was made.
-    pub mtime: Option<u64>,
+    /// Seconds since 1970.
+    pub mtime: u64,
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
-/// Two packages of this run that hold one path.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+/// The packages of this run that hold one path.
+#[derive(Debug, Default)]
 struct Contest {
-    path: Vec<u8>,
-    /// In order.
-    packages: (usize, usize),
-    /// One holds a folder and the other does not: no Replaces helps.
+    packages: BTreeSet<usize>,
+    /// Of a folder and something else: no Replaces helps.
     mixed: bool,
 }
 
@@ -74,12 +72,15 @@ pub struct Verdict {
     pub allowed: bool,
 }
 
+/// A package by its place in the order, and a path without links.
+pub type PackagePath = (usize, Vec<u8>);
+
 type Shard = HashMap<Vec<u8>, Claim>;
 
 pub struct Claims {
     shards: Vec<Mutex<Shard>>,
     hashing: RandomState,
-    contests: Mutex<Vec<Contest>>,
+    contests: Mutex<BTreeMap<Vec<u8>, Contest>>,
     conflicts: Mutex<Vec<Conflict>>,
     facts: Vec<OnceLock<Facts>>,
 }
@@ -123,8 +124,10 @@ impl Claims {
 
     /// Writes down that two packages hold `path`.
     pub fn contest(&self, path: &[u8], a: usize, b: usize, mixed: bool) {
-        let contest = Contest { path: path.to_vec(), packages: (a.min(b), a.max(b)), mixed };
-        self.contests.lock().expect("no panic while held").push(contest);
+        let mut contests = self.contests.lock().expect("no panic while held");
+        let contest = contests.entry(path.to_vec()).or_default();
+        contest.packages.extend([a, b]);
+        contest.mixed |= mixed;
     }
 
     /// Who keeps a file that two packages hold. dpkg asks when the second in order comes,
@@ -167,47 +170,50 @@ impl Claims {
         folders
     }
 
-    /// The contests over files with their verdicts, by path, and the conflicts.
+    /// Settles the contests one package after the other in their order, as dpkg would have
+    /// met them: the paths that packages lost to another that replaces them, and the
+    /// conflicts.
     ///
-    /// Errors: three packages with one file, or a hard link (`links`: paths of targets
-    /// with their packages) to a file that another package has too: the result would
-    /// depend on who came first.
-    pub fn close(
-        &self,
-        links: &[(usize, Vec<u8>)],
-    ) -> Result<(Vec<(Vec<u8>, Verdict)>, Vec<Conflict>)> {
-        let mut contests = self.contests.lock().expect("no panic while held").clone();
-        contests.sort();
-        contests.dedup();
+    /// Errors: a hard link (`links`: packages and the paths of targets) to a file that
+    /// another package replaces, or replacements that go round in a circle: what is in
+    /// the root would depend on who came first.
+    pub fn close(&self, links: &[PackagePath]) -> Result<(Vec<PackagePath>, Vec<Conflict>)> {
         let name = |package: usize| {
             self.facts[package].get().map(|facts| facts.name.clone()).unwrap_or_default()
         };
-        let mut verdicts: Vec<(Vec<u8>, Verdict)> = Vec::new();
+        let mut lost = Vec::new();
         let mut conflicts = self.conflicts.lock().expect("no panic while held").clone();
-        for Contest { path, packages: (a, b), mixed } in contests {
-            let verdict = self.judge(a, b);
-            let allowed = verdict.allowed && !mixed;
-            if !allowed {
+        for (path, contest) in self.contests.lock().expect("no panic while held").iter() {
+            let mut packages = contest.packages.iter().copied();
+            let Some(mut owner) = packages.next() else { continue };
+            let mut allowed = true;
+            for package in packages {
+                let verdict = self.judge(owner, package);
+                owner = verdict.winner;
+                if verdict.allowed && !contest.mixed {
+                    lost.push((verdict.loser, path.clone()));
+                    continue;
+                }
+                allowed = false;
                 conflicts.push(Conflict {
                     path: [b"/", &path[..]].concat(),
                     kept: name(verdict.winner),
                     dropped: name(verdict.loser),
                 });
+            }
+            if !allowed {
                 continue;
             }
-            if verdicts.last().is_some_and(|(last, _)| *last == path) {
-                bail!("{}: more than two packages replace each other's file", show(&path));
+            match self.lock(path).get(path) {
+                Some(Claim::Object { owner: placed, .. }) if *placed == owner => {}
+                _ => bail!("{}: packages replace each other's file in a circle", show(path)),
             }
-            if let Some((package, _)) = links.iter().find(|(_, target)| *target == path) {
-                bail!(
-                    "{}: {} has a hard link to this file, which another package replaces",
-                    show(&path),
-                    name(*package)
-                );
+            if let Some((package, _)) = links.iter().find(|(_, target)| target == path) {
+                let package = name(*package);
+                bail!("{}: replaced by another package, and {package} links to it", show(path));
             }
-            verdicts.push((path, verdict));
         }
         conflicts.sort();
-        Ok((verdicts, conflicts))
+        Ok((lost, conflicts))
     }
 }

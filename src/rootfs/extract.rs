@@ -302,9 +302,9 @@ impl Job<'_> {
                 targets.into_iter().map(|target| (*index, target))
             })
             .collect();
-        let (verdicts, conflicts) = self.claims.close(&links)?;
-        for (path, verdict) in verdicts {
-            let (_, unpacked, extra) = &mut done[verdict.loser];
+        let (lost, conflicts) = self.claims.close(&links)?;
+        for (loser, path) in lost {
+            let (_, unpacked, extra) = &mut done[loser];
             let listed = extra.aliases.remove(&path);
             let listed = listed.unwrap_or_else(|| [b"/", &path[..]].concat());
             unpacked.list.retain(|path| *path != listed);
@@ -344,4 +344,4 @@ fn read_conffiles(control: &ControlMembers) -> Result<Vec<Conffile>> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

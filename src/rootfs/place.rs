@@ -58,12 +58,14 @@ pub fn open_root(root: &Path) -> Result<OwnedFd> {
         .with_context(|| format!("opening {}", root.display()))
 }
 
+/// Makes a folder that is missing: the one it belongs in, and its name.
+type MakeFolder<'a> = dyn Fn(&Folder, &[u8]) -> Result<()> + 'a;
+
 /// Finds folders beneath one root and keeps the last ones open; one for each thread.
 pub struct Walker<'a> {
     root: Rc<Folder>,
     open: HashMap<Vec<u8>, Rc<Folder>>,
-    /// Makes a folder that is missing: the one it belongs in, and its name.
-    make: Box<dyn Fn(&Folder, &[u8]) -> Result<()> + 'a>,
+    make: Box<MakeFolder<'a>>,
 }
 
 impl<'a> Walker<'a> {

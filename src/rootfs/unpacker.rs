@@ -197,7 +197,7 @@ impl<'a> Unpacker<'a> {
                 mode: entry.mode,
                 uid: entry.uid,
                 gid: entry.gid,
-                mtime: Some(entry.mtime),
+                mtime: entry.mtime,
                 xattrs: self.choose_xattrs(entry)?,
             },
         };
@@ -359,7 +359,7 @@ impl<'a> Unpacker<'a> {
             mode: entry.mode,
             uid: entry.uid,
             gid: entry.gid,
-            mtime: Some(entry.mtime),
+            mtime: entry.mtime,
             xattrs: self.choose_xattrs(entry)?,
         };
         set_metadata(&file, &metadata, self.owners)
@@ -424,7 +424,8 @@ struct Target {
     listed: Vec<u8>,
 }
 
-/// A folder that no archive has named yet; one that does may come later.
+/// A folder that no archive has named yet; one that does may come later. Without one, its
+/// time is 1970, because that of its making would be another in every run.
 fn make_implied(claims: &Claims, above: &Folder, name: &[u8]) -> Result<()> {
     let path = join(&above.path, name);
     let mut locked = claims.lock(&path);
@@ -458,10 +459,7 @@ fn set_metadata(fd: impl AsFd, metadata: &Metadata, owners: Owners) -> Result<()
         fs::fsetxattr(&fd, &name[..], value, XattrFlags::empty())
             .with_context(|| format!("setting the attribute {}", name.escape_ascii()))?;
     }
-    match metadata.mtime {
-        Some(mtime) => fs::futimens(&fd, &make_times(mtime)).context("setting the time"),
-        None => Ok(()),
-    }
+    fs::futimens(&fd, &make_times(metadata.mtime)).context("setting the time")
 }
 
 fn choose_owner(owners: Owners, uid: u32, gid: u32) -> Option<(Uid, Gid)> {
