@@ -39,7 +39,8 @@ pub struct Layout {
 /// Make a layer's blob from its tar. The tar is an OCI layer: `.wh.NAME` removes, and
 /// `.wh..wh..opq` empties what lower layers have; `SCHILY.xattr.` records are extended
 /// attributes; it holds every parent folder of what it holds, because the topmost layer
-/// that has a folder gives its owner and mode. All times become `epoch`.
+/// that has a folder gives its owner and mode. Files keep their times: Python's bytecode is
+/// valid only for the time of its source.
 pub fn make_blob(tools: &Tools, tar: &Path, out: &Path, epoch: u64, uuid: &Guid) -> Result<()> {
     // The program keeps file data in $TMPDIR for a while, and /tmp may be small. It also
     // reads SOURCE_DATE_EPOCH: nothing around us may change the result.
@@ -50,7 +51,7 @@ pub fn make_blob(tools: &Tools, tar: &Path, out: &Path, epoch: u64, uuid: &Guid)
         .env("LC_ALL", "C.UTF-8")
         .env("TMPDIR", folder.unwrap_or(Path::new(".")))
         .args(["--quiet", "-b4096", "-Enoinline_data", "--tar=f", "--aufs"])
-        .args([format!("-T{epoch}"), format!("-U{uuid}")])
+        .args([format!("-T{epoch}"), "--mkfs-time".to_string(), format!("-U{uuid}")])
         .arg(out)
         .arg(tar)
         .run()

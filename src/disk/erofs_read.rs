@@ -38,6 +38,8 @@ pub struct Superblock {
     pub inodes: u32,
     /// Block at which attributes lie that several inodes share.
     pub shared: u32,
+    /// Time of every short inode, in seconds since 1970.
+    pub time: u64,
     pub uuid: Guid,
     /// Number of devices besides this one.
     pub devices: u16,
@@ -62,6 +64,8 @@ pub struct Inode {
     pub uid: u32,
     pub gid: u32,
     pub size: u64,
+    /// Time of the last change, in seconds since 1970.
+    pub time: u64,
     /// The number of a device node, as the format stores it.
     pub device: u32,
     data: Data,
@@ -267,11 +271,12 @@ impl<'a> Erofs<'a> {
         if is_long {
             raw = self.region.read_at(at, 64).context("reading an inode")?;
         }
-        let (size, uid, gid) = match is_long {
-            true => (take_u64(&raw, 8), take_u32(&raw, 24), take_u32(&raw, 28)),
+        let (size, uid, gid, time) = match is_long {
+            true => (take_u64(&raw, 8), take_u32(&raw, 24), take_u32(&raw, 28), take_u64(&raw, 32)),
             false => {
                 let (uid, gid) = (take_u16(&raw, 24), take_u16(&raw, 26));
-                (u64::from(take_u32(&raw, 8)), u32::from(uid), u32::from(gid))
+                let size = u64::from(take_u32(&raw, 8));
+                (size, u32::from(uid), u32::from(gid), self.superblock.time)
             }
         };
         let attributes = match u64::from(take_u16(&raw, 2)) {
@@ -295,7 +300,7 @@ impl<'a> Erofs<'a> {
         };
         let mode = take_u16(&raw, 4);
         let attributes = (end, attributes);
-        Ok(Inode { number, mode, uid, gid, size, device: address, data, attributes })
+        Ok(Inode { number, mode, uid, gid, size, time, device: address, data, attributes })
     }
 }
 
@@ -333,6 +338,7 @@ pub fn read_superblock(block: &[u8]) -> Result<Superblock> {
         root: u64::from(take_u16(raw, 14)),
         inodes: take_u32(raw, 40),
         shared: take_u32(raw, 44),
+        time: take_u64(raw, 24),
         uuid: Guid::from_bytes(take(raw, 48)),
         devices: take_u16(raw, 86),
         device_table: u64::from(take_u16(raw, 88)) * SLOT as u64,
@@ -388,8 +394,17 @@ mod tests {
         let attributes =
             vec![Attribute { kind: 6, name: b"capability".into(), value: vec![7; 20] }];
         let (data, device) = (Data::Plain(1), 0);
-        let inode =
-            Inode { number: 0, mode, uid: 70_000, gid: 3, size, device, data, attributes: (0, 0) };
+        let inode = Inode {
+            number: 0,
+            mode,
+            uid: 70_000,
+            gid: 3,
+            size,
+            time: 7,
+            device,
+            data,
+            attributes: (0, 0),
+        };
         let (target, children) = (Vec::new(), BTreeMap::new());
         Node { layer: 0, inode, attributes, target, children, parent, links: 1 }
     }

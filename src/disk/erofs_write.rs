@@ -58,13 +58,13 @@ pub fn encode_index(
     uuid: &Guid,
 ) -> Result<Vec<u8>> {
     let device_table = SUPERBLOCK + SUPERBLOCK_SIZE;
-    let (places, length) = place_nodes(nodes, device_table + devices.len() * SLOT)?;
+    let (places, length) = place_nodes(nodes, device_table + devices.len() * SLOT, epoch)?;
     let mut image = vec![0; length];
     for (i, (node, place)) in nodes.iter().zip(&places).enumerate() {
         if let Content::Blob = place.content {
             check_blob(node, devices)?;
         }
-        write_node(&mut image, node, place, epoch).context("writing an inode")?;
+        write_node(&mut image, node, place).context("writing an inode")?;
         let start = match place.content {
             Content::Blocks(start, _) => start,
             Content::Behind(_) => place.inode + measure_inode(place) + place.attributes.len(),
@@ -119,7 +119,7 @@ fn renew_checksum(index: &mut [u8]) {
 }
 
 /// Where everything goes, from byte `start` on, and the length of the whole.
-fn place_nodes(nodes: &[Node], start: usize) -> Result<(Vec<Place>, usize)> {
+fn place_nodes(nodes: &[Node], start: usize, epoch: u64) -> Result<(Vec<Place>, usize)> {
     let block = BLOCK as usize;
     let mut next = start;
     let mut places = Vec::with_capacity(nodes.len());
@@ -127,7 +127,8 @@ fn place_nodes(nodes: &[Node], start: usize) -> Result<(Vec<Place>, usize)> {
         let attributes = encode_attributes(&node.attributes)?;
         let inode = &node.inode;
         let is_long = u16::try_from(inode.uid.max(inode.gid).max(node.links)).is_err()
-            || u32::try_from(inode.size).is_err();
+            || u32::try_from(inode.size).is_err()
+            || inode.time != epoch;
         let content = if inode.is_folder() {
             match measure_folder(node) {
                 length if length <= MAX_INLINE => Content::Behind(length),
@@ -181,7 +182,7 @@ fn measure_inode(place: &Place) -> usize {
     if place.is_long { 64 } else { 32 }
 }
 
-fn write_node(image: &mut [u8], node: &Node, place: &Place, epoch: u64) -> Result<()> {
+fn write_node(image: &mut [u8], node: &Node, place: &Place) -> Result<()> {
     let inode = &node.inode;
     let end = place.inode + measure_inode(place);
     let (layout, address) = match place.content {
@@ -219,7 +220,7 @@ fn write_node(image: &mut [u8], node: &Node, place: &Place, epoch: u64) -> Resul
         put(24, &inode.uid.to_le_bytes());
         put(28, &inode.gid.to_le_bytes());
         // A short inode has the time of the superblock.
-        put(32, &epoch.to_le_bytes());
+        put(32, &inode.time.to_le_bytes());
         put(44, &node.links.to_le_bytes());
     } else {
         put(6, &(node.links as u16).to_le_bytes());

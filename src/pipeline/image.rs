@@ -28,7 +28,7 @@ use crate::tools::Tools;
 /// Raised when a step would make other bytes from the same inputs.
 const INITRD_VERSION: u32 = 1;
 /// Of everything after the layers and the initrd.
-pub const IMAGE_VERSION: u32 = 1;
+pub const IMAGE_VERSION: u32 = 2;
 
 /// A boot is tried so often before systemd-boot falls back to the other slot.
 const BOOT_TRIES: u32 = 3;
