@@ -106,7 +106,9 @@ impl Progress {
 
     fn say(&self, kind: &str, text: &str) {
         match self.mode {
-            Mode::Json => println!("{}", serde_json::json!({ "event": kind, "text": text })),
+            Mode::Json => {
+                print_line(&serde_json::json!({ "event": kind, "text": text }).to_string());
+            }
             Mode::Quiet if kind == "note" => {}
             _ => {
                 let line =
@@ -127,7 +129,7 @@ impl Progress {
             Mode::Json => {
                 let mut event = serde_json::to_value(&time).expect("plain data");
                 event["event"] = "step".into();
-                println!("{event}");
+                print_line(&event.to_string());
             }
             Mode::Quiet => {}
         }
@@ -194,6 +196,17 @@ impl Bar {
 impl Drop for Bar {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
+    }
+}
+
+/// Write a line to standard output, where scripts read. A reader that has gone away (`head`)
+/// ends the program quietly, as it ends others.
+pub fn print_line(text: &str) {
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    if let Err(error) = writeln!(out, "{text}").and_then(|()| out.flush()) {
+        let quiet = error.kind() == std::io::ErrorKind::BrokenPipe;
+        std::process::exit(if quiet { 0 } else { 1 });
     }
 }
 

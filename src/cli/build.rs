@@ -6,7 +6,7 @@ use super::{Context, FetchArgs};
 use crate::config::Format;
 use crate::error::UserError;
 use crate::pipeline;
-use crate::progress::format_bytes;
+use crate::progress::{format_bytes, print_line};
 
 /// Build images: all shipped profiles, or those that are named
 #[derive(Debug, clap::Args)]
@@ -79,7 +79,7 @@ fn report(context: &Context, built: &pipeline::Built) {
     if context.json {
         let mut event = serde_json::to_value(built).unwrap_or_default();
         event["event"] = "built".into();
-        println!("{event}");
+        print_line(&event.to_string());
         return;
     }
     for output in &built.outputs {

@@ -5,7 +5,7 @@ use super::Context;
 use crate::debian::mirror::{Mirror, Places};
 use crate::error::UserError;
 use crate::fetch::Fetcher;
-use crate::progress::format_bytes;
+use crate::progress::{format_bytes, print_line};
 use crate::repository;
 use crate::sandbox::{Check, Sandbox};
 use crate::store::Store;
@@ -49,17 +49,17 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
 
     let failed = checks.iter().filter(|check| !check.ok).count();
     if context.json {
-        println!("{}", serde_json::to_string(&Report { event: "doctor", checks })?);
+        print_line(&serde_json::to_string(&Report { event: "doctor", checks })?);
     } else {
         for check in &checks {
             let mark = if check.ok { "ok  " } else { "FAIL" };
-            println!("{mark}  {:<16} {}", check.name, check.detail);
+            print_line(&format!("{mark}  {:<16} {}", check.name, check.detail));
             if !check.ok && !check.mend.is_empty() {
-                println!(
+                print_line(&format!(
                     "      {:<16} mend: {}",
                     "",
                     check.mend.replace('\n', "\n                             ")
-                );
+                ));
             }
         }
     }

@@ -4,6 +4,7 @@ use anyhow::Result;
 
 use super::Context;
 use crate::output::inspect;
+use crate::progress::print_line;
 
 /// Show what an image is, from the image itself
 #[derive(Debug, clap::Args)]
@@ -15,8 +16,8 @@ pub struct Args {
 pub fn run(context: &Context, args: Args) -> Result<()> {
     let report = inspect::inspect(&args.image, None)?;
     match context.json {
-        true => println!("{}", serde_json::to_string(&report)?),
-        false => print!("{report}"),
+        true => print_line(&serde_json::to_string(&report)?),
+        false => print_line(report.to_string().trim_end()),
     }
     Ok(())
 }

@@ -3,6 +3,7 @@ use anyhow::Result;
 use super::{Context, FetchArgs};
 use crate::lock::Update;
 use crate::pipeline;
+use crate::progress::print_line;
 
 /// Lock every package of every profile by version and SHA-256
 #[derive(Debug, clap::Args)]
@@ -28,7 +29,7 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
     let source = pipeline::Source::open(&args.fetch.into(), &context.progress)?;
     let changes = pipeline::relock(&project, &source, &update)?;
     if context.json {
-        println!("{}", serde_json::json!({ "event": "locked", "changes": changes }));
+        print_line(&serde_json::json!({ "event": "locked", "changes": changes }).to_string());
         return Ok(());
     }
     for change in &changes {

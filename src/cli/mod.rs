@@ -16,7 +16,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::config::Project;
 use crate::error;
-use crate::progress::{Mode, Progress};
+use crate::progress::{Mode, Progress, print_line};
 
 /// Build immutable appliance images that form a highly available NetBox by themselves.
 #[derive(Debug, Parser)]
@@ -119,7 +119,7 @@ fn report(error: &anyhow::Error, json: bool) {
         let event = serde_json::json!({
             "event": "error", "text": text, "exit_code": error::exit_code(error)
         });
-        println!("{event}");
+        print_line(&event.to_string());
     } else {
         eprintln!("error: {text}");
     }

@@ -1,6 +1,7 @@
 use anyhow::{Context as _, Result};
 
 use super::Context;
+use crate::progress::print_line;
 
 /// List profiles, or show one as it is resolved
 #[derive(Debug, clap::Args)]
@@ -24,14 +25,14 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
     match args.verb {
         Verb::List => {
             for name in project.list_profiles()? {
-                println!("{name:<12} {}", project.load_profile(&name)?.description);
+                print_line(&format!("{name:<12} {}", project.load_profile(&name)?.description));
             }
         }
         Verb::Show { name } => {
             let profile = project.load_profile(&name)?;
             match context.json {
-                true => println!("{}", serde_json::to_string(&profile)?),
-                false => print!("{}", toml::to_string(&profile).context("writing TOML")?),
+                true => print_line(&serde_json::to_string(&profile)?),
+                false => print_line(toml::to_string(&profile).context("writing TOML")?.trim_end()),
             }
         }
     }

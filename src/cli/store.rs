@@ -1,7 +1,7 @@
 use anyhow::Result;
 
 use super::Context;
-use crate::progress::format_bytes;
+use crate::progress::{format_bytes, print_line};
 use crate::sandbox::Sandbox;
 use crate::store::Store;
 
@@ -33,10 +33,10 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
             let sandbox = Sandbox::default();
             let freed = store.collect_garbage(keep, &|path| sandbox.remove_tree(path))?;
             if context.json {
-                println!(
-                    "{}",
-                    serde_json::json!({ "event": "gc", "freed": freed.bytes, "entries": freed.entries })
-                );
+                let event = serde_json::json!({
+                    "event": "gc", "freed": freed.bytes, "entries": freed.entries
+                });
+                print_line(&event.to_string());
             } else {
                 context.progress.note(&format!(
                     "removed {} entries, {}",
@@ -45,7 +45,7 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
                 ));
             }
         }
-        Verb::Path => println!("{}", store.root().display()),
+        Verb::Path => print_line(&store.root().display().to_string()),
     }
     Ok(())
 }

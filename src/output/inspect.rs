@@ -341,11 +341,14 @@ impl fmt::Display for Report {
     }
 }
 
-/// A layer or a package of the manifest: a string, or an object with name and version.
+/// A layer (name and diff) or a package (name and version) of the manifest.
 fn describe_item(item: &serde_json::Value) -> String {
     let text = |value: &serde_json::Value| clean(value.as_str().unwrap_or_default());
     let line = match item.get("name") {
-        Some(name) => format!("{} {}", text(name), text(&item["version"])),
+        Some(name) => {
+            let detail = ["version", "diff"].map(|key| text(&item[key])).concat();
+            format!("{} {detail}", text(name))
+        }
         None => text(item),
     };
     line.trim_end().to_string()

@@ -3,9 +3,10 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
+use stanchion::config::Format;
 use stanchion::config::Profile;
 use stanchion::config::layer::{PackageWish, User};
-use stanchion::config::profile::{Disk, Format};
+use stanchion::config::profile::Disk;
 use stanchion::config::tree::{TreeFile, TreeKind};
 
 use crate::Sandbox;

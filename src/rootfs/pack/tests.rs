@@ -404,7 +404,7 @@ proptest! {
         let back = dir.path().join("back");
         sys::create_dir(&back).unwrap();
         let archive = crate::debian::package::open_tar(std::io::Cursor::new(tar.clone()), "x", u64::MAX).unwrap();
-        crate::rootfs::extract::unpack_tar(archive, "x", &back, crate::rootfs::extract::Purpose::Tools).unwrap();
+        crate::rootfs::extract::unpack_tar(archive, "x", &back, 0, crate::rootfs::extract::Purpose::Tools).unwrap();
         prop_assert_eq!(describe_tree(&root), describe_tree(&back));
         // The names as another reader sees them.
         let mut names = Vec::new();
