@@ -28,7 +28,7 @@ use crate::tools::Tools;
 /// Raised when a step would make other bytes from the same inputs.
 const INITRD_VERSION: u32 = 1;
 /// Of everything after the layers and the initrd.
-pub const IMAGE_VERSION: u32 = 2;
+pub const IMAGE_VERSION: u32 = 3;
 
 /// A boot is tried so often before systemd-boot falls back to the other slot.
 const BOOT_TRIES: u32 = 3;
@@ -178,7 +178,8 @@ impl ImageBuilder<'_> {
             ("usr/lib/os-release", description.write_os_release()),
             ("usr/share/stanchion/manifest.json", description.write_inner_manifest()?),
         ];
-        for folder in ["usr", "usr/lib", "usr/share", "usr/share/stanchion"] {
+        // The topmost layer that has a folder gives its mode: `/` must be among them.
+        for folder in [".", "usr", "usr/lib", "usr/share", "usr/share/stanchion"] {
             let mut header = self.make_header(tar::EntryType::Directory, 0o755, 0);
             archive
                 .append_data(&mut header, format!("{folder}/"), std::io::empty())
