@@ -27,7 +27,7 @@ use crate::template;
 use crate::tools::Tools;
 
 /// Raised when a step would make other bytes from the same inputs.
-const PACKAGES_VERSION: u32 = 2;
+const PACKAGES_VERSION: u32 = 3;
 const FILES_VERSION: u32 = 1;
 
 pub const PACKAGES_JOB: &str = "layer/packages";

@@ -20,7 +20,7 @@ use super::extract::{self, DebFile, Purpose, Unpacked};
 use super::place::{self, Walker};
 use super::{diversions, dpkg, seal, stand_in};
 use crate::command::Failed;
-use crate::debian::package;
+use crate::debian::{deb822, package};
 use crate::digest::Digest;
 use crate::error::UserError;
 use crate::sandbox::{Inside, Program};
@@ -121,6 +121,10 @@ pub struct Sealed {
 /// dpkg asks this before it starts or stops a service: nothing runs in an image.
 const POLICY: &str = "usr/sbin/policy-rc.d";
 
+/// Keep the configuration files that a layer has put there; the build's crash safety is the
+/// store's, not dpkg's.
+const DPKG_FORCE: [&str; 2] = ["--force-confold", "--force-unsafe-io"];
+
 /// Bytes that an artifact may unpack to. Its digest is pinned: this is no defence against
 /// a stranger, only against a mistake.
 const UNPACKED_LIMIT: u64 = 8 << 30;
@@ -144,6 +148,17 @@ pub fn build_packages(job: &PackagesJob, inside: &mut Inside) -> Result<Sealed> 
     configured?;
     remove_file(&root.join(POLICY))?;
     seal::seal(&job.common, inside, "packages")
+}
+
+fn list_essential(unpacked: &[Unpacked]) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for package in unpacked {
+        let control = deb822::parse_one(package.control_text()?)?;
+        if control.get("Essential") == Some("yes") {
+            names.push(package.name.clone());
+        }
+    }
+    Ok(names)
 }
 
 fn unpack(job: &PackagesJob, root: &Path) -> Result<Vec<Unpacked>> {
@@ -203,12 +218,17 @@ fn configure(
     }
     diversions::settle(root, &before, unpacked)?;
     inside.say("configuring")?;
-    let program = Program::new("dpkg").args([
-        "--configure",
-        "--pending",
-        "--force-confold",
-        "--force-unsafe-io",
-    ]);
+    // Nothing declares that it needs an essential package, so these come first: their
+    // configuration files (/etc/pam.d) are not in place before.
+    let essential = list_essential(unpacked)?;
+    if !essential.is_empty() {
+        let program =
+            Program::new("dpkg").args(["--configure", "--force-depends"]).args(DPKG_FORCE);
+        inside.watch_and_say(&program.args(essential)).map_err(|error| {
+            explain_failure(job, error, "`dpkg --configure` of essential packages")
+        })?;
+    }
+    let program = Program::new("dpkg").args(["--configure", "--pending"]).args(DPKG_FORCE);
     inside
         .watch_and_say(&program)
         .map_err(|error| explain_failure(job, error, "`dpkg --configure`"))?;
