@@ -1,6 +1,7 @@
 //! Each layer's diffs: from the store, or built in the sandbox and stored.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -27,7 +28,7 @@ use crate::template;
 use crate::tools::Tools;
 
 /// Raised when a step would make other bytes from the same inputs.
-const PACKAGES_VERSION: u32 = 3;
+const PACKAGES_VERSION: u32 = 4;
 const FILES_VERSION: u32 = 1;
 
 pub const PACKAGES_JOB: &str = "layer/packages";
@@ -349,7 +350,10 @@ impl LayerBuilder<'_> {
             ..Spec::default()
         };
         for path in [&spec.upper, &spec.work, &spec.merged].into_iter().flatten() {
-            fs::create_dir(path).with_context(|| format!("making {}", path.display()))?;
+            // The upper side's own mode becomes that of `/`: no umask may show in it.
+            fs::create_dir(path)
+                .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(0o755)))
+                .with_context(|| format!("making {}", path.display()))?;
         }
         let (job, input) = describe(folder)?;
         let sealed = self.sandbox.start(&spec, job, input, &mut |line| step.update(line))?;

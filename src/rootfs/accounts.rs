@@ -51,7 +51,9 @@ pub fn add(root: &Path, accounts: &[Account]) -> Result<()> {
         add_line(root, "etc/group", &account.name, &format!(":x:{}:", account.id))?;
         add_line(root, "etc/gshadow", &account.name, ":!::")?;
         if let Some(UserFields { home, shell }) = &account.user {
-            let rest = format!(":x:{0}:{0}::{home}:{shell}", account.id);
+            // Where there is no shadow file yet, Debian's scripts move this field there.
+            let password = if root.join("etc/shadow").exists() { "x" } else { "!*" };
+            let rest = format!(":{password}:{0}:{0}::{home}:{shell}", account.id);
             add_line(root, "etc/passwd", &account.name, &rest)?;
             // Day 0 would mean that the password must be changed at once.
             add_line(root, "etc/shadow", &account.name, ":!*:1::::::")?;
@@ -216,7 +218,7 @@ mod tests {
         let read = |file: &str| fs::read_to_string(root.path().join(file)).unwrap();
         assert_eq!(
             read("etc/passwd"),
-            "root:*:0:0:root:/root:/bin/bash\netcd:x:901:901::/:/usr/sbin/nologin\n"
+            "root:*:0:0:root:/root:/bin/bash\netcd:!*:901:901::/:/usr/sbin/nologin\n"
         );
         assert_eq!(read("etc/group"), "root:*:0:\nusers:*:100:etcd\netcd:x:901:\n");
         assert!(!root.path().join("etc/shadow").exists());

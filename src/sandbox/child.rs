@@ -108,6 +108,8 @@ fn take_back(terminal: &File) {
 
 /// Read the job, run it, answer.
 fn work(handler: Handler) -> Result<()> {
+    // The caller's must not show in what a job writes.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     // Whatever prints from now on must not get into the answer.
     let mut events = File::from(std::io::stdout().as_fd().try_clone_to_owned()?);
     rustix::stdio::dup2_stdout(std::io::stderr())?;
