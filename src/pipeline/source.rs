@@ -112,8 +112,10 @@ impl Source {
 
     /// The packages of the named sets in the store, by digest.
     fn fetch_packages(&self, packages: &[&LockedPackage]) -> Result<()> {
-        let missing: Vec<_> =
-            packages.iter().filter(|package| !self.store.has_file(&package.sha256)).collect();
+        let missing: Vec<_> = packages
+            .iter()
+            .filter(|package| !self.store.has_file(&package.sha256, Some(package.size)))
+            .collect();
         if missing.is_empty() {
             return Ok(());
         }
@@ -139,21 +141,21 @@ impl Source {
     }
 
     /// Files of the layers from outside the archive.
-    pub fn fetch_artifacts(&self, artifacts: &[(String, String, Digest)]) -> Result<()> {
-        let downloads: Vec<Download> = artifacts
-            .iter()
-            .filter(|(_, _, digest)| !self.store.has_file(digest))
-            .map(|(name, url, digest)| Download {
-                name: name.clone(),
-                urls: vec![url.clone()],
-                digest: *digest,
+    pub fn fetch_artifacts(&self, profile: &Profile) -> Result<()> {
+        let mut downloads = Vec::new();
+        for layer in &profile.layers {
+            downloads.extend(layer.artifacts.iter().map(|artifact| Download {
+                name: format!("artifact `{}` of layer `{}`", artifact.name, layer.name),
+                urls: vec![artifact.url.clone()],
+                digest: artifact.sha256,
                 size: None,
-            })
-            .collect();
-        if downloads.is_empty() {
-            return Ok(());
+            }));
         }
-        self.fetcher.fetch_all(&self.store, &downloads, &self.progress).map(drop)
+        let fetched = self.fetcher.fetch_all(&self.store, &downloads, &self.progress);
+        fetched.map(drop).map_err(|error| match error.downcast::<Vanished>() {
+            Ok(vanished) => explain_missing_artifacts(&vanished, &downloads).into(),
+            Err(error) => error,
+        })
     }
 }
 
@@ -228,7 +230,7 @@ pub fn prepare_lock(
         source.progress.warn(&change.to_string());
     }
     renewed.save(&path)?;
-    fetch_sets(source, &renewed, &requests)?;
+    fetch_sets(source, &renewed, &requests).map_err(explain_vanished)?;
     Ok(renewed)
 }
 
@@ -255,11 +257,32 @@ fn fetch_sets(source: &Source, lock: &Lock, requests: &[SetRequest]) -> Result<(
 /// Fetch one set and give the files of its packages, by package name.
 pub fn fetch_set(source: &Source, lock: &Lock, set: &str) -> Result<Vec<(String, PathBuf)>> {
     let packages = lock.list_set(set)?;
-    source.fetch_packages(&packages)?;
+    source.fetch_packages(&packages).map_err(explain_vanished)?;
     Ok(packages
         .iter()
         .map(|package| (package.name.clone(), source.store.file_path(&package.sha256)))
         .collect())
+}
+
+fn explain_vanished(error: anyhow::Error) -> anyhow::Error {
+    match error.downcast::<Vanished>() {
+        Ok(vanished) => UserError::new("the mirror lacks packages that the lock names")
+            .why(vanished.names.join(", "))
+            .help("run `stanchion lock` to take what replaced them, or give another mirror (--mirror URL)")
+            .into(),
+        Err(error) => error,
+    }
+}
+
+fn explain_missing_artifacts(vanished: &Vanished, downloads: &[Download]) -> UserError {
+    let missing: Vec<String> = downloads
+        .iter()
+        .filter(|download| vanished.names.contains(&download.name))
+        .map(|download| format!("{}: {}", download.name, download.urls.join(", ")))
+        .collect();
+    UserError::new("there is no such file (any more) at the URL of an artifact")
+        .why(missing.join("\n"))
+        .help("mend its `url` in layer.toml, and its `sha256` when it is another version")
 }
 
 fn load_all(project: &Project) -> Result<Vec<Profile>> {
