@@ -1,0 +1,142 @@
+//! Disks that are full, or become so; folders that cannot be written to.
+
+use std::fs;
+use std::time::Duration;
+
+use crate::project::{
+    Project, can_build, can_mount, in_mount_namespace, list_files, mount_small, take_turn,
+};
+
+#[test]
+fn too_little_room_is_told_before_anything_is_fetched() {
+    if !can_mount() {
+        return;
+    }
+    in_mount_namespace(|| {
+        let project = Project::tiny("");
+        mount_small(&project.cache(), 64, false);
+        let ran = project.run(&["build", "tiny", "--offline"]);
+        ran.expect(
+            2,
+            &[
+                "the disk will be full before the build ends: the store need 3.50 GB, ",
+                " MB are free",
+                "stanchion store gc",
+                "XDG_CACHE_HOME",
+            ],
+        );
+        assert!(ran.took < Duration::from_secs(3), "{:?}", ran.took);
+
+        let project = Project::tiny("");
+        mount_small(&project.out(), 64, false);
+        let ran = project.run(&["build", "tiny", "--offline"]);
+        ran.expect(2, &["the images need 1.30 GB, 67.1 MB are free", "--out to a larger disk"]);
+        assert!(ran.took < Duration::from_secs(3), "{:?}", ran.took);
+    });
+}
+
+#[test]
+fn an_output_folder_that_cannot_be_written_to_is_told_at_once() {
+    let project = Project::tiny("");
+    project.write("file", "");
+    for out in ["file", "file/below"] {
+        project.run(&["build", "tiny", "--offline", "--out", out]).expect(
+            2,
+            &[
+                "the output folder cannot be written to",
+                &format!("at: {out}"),
+                "name another with --out",
+            ],
+        );
+    }
+    if !can_mount() {
+        return;
+    }
+    in_mount_namespace(|| {
+        mount_small(&project.out(), 1, true);
+        let ran = project.run(&["build", "tiny", "--offline"]);
+        ran.expect(2, &["the output folder cannot be written to", "Read-only file system"]);
+        mount_small(&project.cache(), 1, true);
+        let ran = project.run(&["build", "tiny", "--offline", "--out", "elsewhere"]);
+        ran.expect(2, &["Read-only file system"]);
+    });
+}
+
+#[test]
+fn a_store_that_becomes_full_ends_the_build_with_advice() {
+    let _turn = take_turn();
+    if !can_mount() || !can_build() {
+        return;
+    }
+    in_mount_namespace(|| {
+        let project = Project::tiny("");
+        mount_small(&project.cache(), 1024, false);
+        project.link_downloads();
+        // A store that has been built with is believed to need little more.
+        fs::create_dir_all(project.store().join("steps/initrd")).unwrap();
+        fs::create_dir_all(project.out()).unwrap();
+        fs::write(project.out().join("tiny.raw"), "the old image").unwrap();
+        let before = list_files(&project.out());
+        let room = stanchion::store::measure_room(&project.cache()).unwrap();
+        let rest = room - 530_000_000;
+        let filler = fs::File::create(project.cache().join("filler")).unwrap();
+        rustix::fs::fallocate(&filler, rustix::fs::FallocateFlags::empty(), 0, rest).unwrap();
+        let ran = project.run(&["build", "tiny", "--offline", "--jobs", "1"]);
+        check_full(&ran.stderr, &project.store().to_string_lossy());
+        ran.expect(2, &["the disk became full during the build"]);
+        assert_eq!(list_files(&project.out()), before);
+        assert_eq!(fs::read_dir(project.store().join("tmp")).unwrap().count(), 0);
+    });
+}
+
+#[test]
+fn an_output_folder_that_becomes_full_keeps_the_old_images() {
+    let _turn = take_turn();
+    if !can_mount() || !can_build() {
+        return;
+    }
+    in_mount_namespace(|| {
+        let project = Project::tiny("");
+        project.copy_store();
+        mount_small(&project.out(), 2048, false);
+        project.run(&["build", "tiny", "--offline"]).expect(0, &[]);
+        let before = list_files(&project.out());
+        assert_eq!(before.len(), 3);
+        // In the raw image, and in the one made from it.
+        for room in [50, 250] {
+            project.write_extra("commands = [\"sleep 1\"]");
+            project.write("layers/extra/tree/etc/room", &room.to_string());
+            let build = project.command(&["build", "tiny", "--offline"]).spawn().unwrap();
+            // It has measured the room by now and sleeps.
+            std::thread::sleep(Duration::from_millis(700));
+            let free = stanchion::store::measure_room(&project.out()).unwrap();
+            shrink(&project, 2048 - (free >> 20) + room);
+            let output = build.wait_with_output().unwrap();
+            let stderr = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(2), "{stderr}");
+            check_full(&stderr, "out");
+            assert_eq!(list_files(&project.out()), before);
+            shrink(&project, 2048);
+        }
+        project.run(&["build", "tiny", "--offline"]).expect(0, &["out/tiny.raw"]);
+        assert_eq!(list_files(&project.out()).len(), 3);
+    });
+}
+
+fn shrink(project: &Project, mebibytes: u64) {
+    let options = std::ffi::CString::new(format!("size={mebibytes}m")).unwrap();
+    rustix::mount::mount_remount(
+        project.out(),
+        rustix::mount::MountFlags::empty(),
+        options.as_c_str(),
+    )
+    .unwrap();
+}
+
+#[track_caller]
+fn check_full(stderr: &str, place: &str) {
+    for part in ["the disk became full during the build", place, "No space left", "make room there"]
+    {
+        assert!(stderr.contains(part), "no `{part}` in:\n{stderr}");
+    }
+}
