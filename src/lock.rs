@@ -94,7 +94,8 @@ pub struct SetRequest {
 }
 
 impl SetRequest {
-    fn digest(&self) -> Digest {
+    /// What a [`LockedSet`] remembers of it.
+    pub fn digest(&self) -> Digest {
         let mut key = Key::new("set", 1);
         key.add("parent", self.parent.as_deref().unwrap_or(""));
         self.wanted.iter().for_each(|name| {

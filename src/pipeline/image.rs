@@ -69,8 +69,12 @@ impl ImageBuilder<'_> {
         let digest = key.digest();
         let step = self.source.progress.begin("initrd");
         if let Some(entry) = self.source.store.find_entry("initrd", &digest) {
-            step.finish_cached("");
-            return Ok((entry.join("initrd.cpio.zst"), digest));
+            let archive = entry.join("initrd.cpio.zst");
+            if archive.is_file() {
+                step.finish_cached("");
+                return Ok((archive, digest));
+            }
+            self.source.store.discard_entry("initrd", &digest)?;
         }
         let scratch = self.source.store.make_scratch("initrd")?;
         let root = scratch.path().join("root");

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -237,9 +237,11 @@ impl LayerBuilder<'_> {
         let step = self.source.progress.begin(&name);
         let digest = key.digest();
         if let Some(entry) = self.source.store.find_entry("layer", &digest) {
-            let diff = open_diff(name, layer, key, &entry)?;
-            step.finish_cached("");
-            return Ok(diff);
+            if let Ok(diff) = open_diff(name.clone(), layer, key.clone(), &entry) {
+                step.finish_cached("");
+                return Ok(diff);
+            }
+            self.source.store.discard_entry("layer", &digest)?;
         }
         let scratch = self.source.store.make_scratch("layer")?;
         let done = self.work(&scratch, below, describe, &step);
@@ -362,10 +364,11 @@ fn place(
     Ok(placed)
 }
 
+/// The diff of an entry that has all its parts.
 fn open_diff(name: String, layer: &Layer, key: Key, entry: &Path) -> Result<Diff> {
     let facts = entry.join("facts.json");
     let text = fs::read(&facts).with_context(|| format!("reading {}", facts.display()))?;
-    Ok(Diff {
+    let diff = Diff {
         name,
         layer: layer.name.clone(),
         key,
@@ -374,7 +377,18 @@ fn open_diff(name: String, layer: &Layer, key: Key, entry: &Path) -> Result<Diff
         leaves: entry.join("leaves"),
         facts: serde_json::from_slice(&text)
             .with_context(|| format!("reading {}", facts.display()))?,
-    })
+    };
+    let blob_bytes = diff.facts.blob_bytes;
+    let leaves_bytes = blob_bytes / verity::BLOCK as u64 * verity::HASH as u64;
+    let measure = |path: &Path| fs::metadata(path).map(|metadata| metadata.len()).ok();
+    ensure!(
+        diff.tree.is_dir()
+            && measure(&diff.blob) == Some(blob_bytes)
+            && measure(&diff.leaves) == Some(leaves_bytes),
+        "{} is not whole",
+        entry.display()
+    );
+    Ok(diff)
 }
 
 /// Groups first: users may be in them.

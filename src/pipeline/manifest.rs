@@ -174,19 +174,19 @@ impl Description {
 }
 
 impl Manifest {
-    /// Where the manifest of a profile is.
-    pub fn locate(out: &Path, profile: &str) -> PathBuf {
-        out.join(format!("{profile}.manifest.json"))
+    /// The file name of a profile's manifest.
+    pub fn name(profile: &str) -> PathBuf {
+        format!("{profile}.manifest.json").into()
     }
 
     /// The manifest of an earlier build, if it can be read.
     pub fn load(out: &Path, profile: &str) -> Option<Self> {
-        let bytes = std::fs::read(Self::locate(out, profile)).ok()?;
+        let bytes = std::fs::read(out.join(Self::name(profile))).ok()?;
         serde_json::from_slice(&bytes).ok()
     }
 
     pub fn save(&self, out: &Path) -> Result<()> {
         let bytes = serde_json::to_vec_pretty(self).context("writing the manifest")?;
-        crate::store::write_atomically(&Self::locate(out, &self.profile), &bytes)
+        crate::store::write_atomically(&out.join(Self::name(&self.profile)), &bytes)
     }
 }

@@ -24,6 +24,7 @@ use crate::lock::{Lock, LockedPackage};
 use crate::progress::Progress;
 use crate::rootfs::layer;
 use crate::sandbox::{Inside, Sandbox};
+use crate::store::Scratch;
 use crate::tools;
 use image::ImageBuilder;
 use layers::{Diff, LayerBuilder};
@@ -87,12 +88,14 @@ pub fn build(
         }
     }
     let source = Source::open(&options.fetch, progress)?;
-    outputs::prepare_folder(&options.out)?;
+    let growing = outputs::prepare_folder(&options.out)?;
     room::check(&source, &options.out, &profiles)?;
     Sandbox::default().require(source.store.root())?;
     let lock = prepare_lock(project, &source, &profiles, options.locked)?;
-    let tools = provide_tools(&source, &lock, tools::set::BUILD)?;
-    let builder = Builder { source: &source, lock: &lock, tools: &tools, options };
+    let explain_full = |error| room::explain_full(error, source.store.root(), &options.out);
+    let tools = provide_tools(&source, &lock, tools::set::BUILD).map_err(explain_full)?;
+    let builder =
+        Builder { source: &source, lock: &lock, tools: &tools, options, growing: &growing };
 
     let mut profiles = profiles.into_iter();
     Ok(broken
@@ -101,8 +104,9 @@ pub fn build(
             Some(error) => Err(error),
             None => {
                 let profile = profiles.next().context("a profile for each name")?;
-                builder
-                    .build(&profile)
+                source
+                    .fetch_artifacts(&profile)
+                    .and_then(|()| builder.build(&profile).map_err(explain_full))
                     .with_context(|| format!("building profile `{}`", profile.name))
             }
         })
@@ -114,6 +118,8 @@ struct Builder<'a> {
     lock: &'a Lock,
     tools: &'a tools::Tools,
     options: &'a BuildOptions,
+    /// Where outputs are until all of a profile's are finished.
+    growing: &'a Scratch,
 }
 
 impl Builder<'_> {
@@ -125,7 +131,6 @@ impl Builder<'_> {
             true => &profile.formats,
             false => &self.options.formats,
         };
-        self.fetch_artifacts(profile)?;
         let diffs = LayerBuilder {
             source: self.source,
             lock: self.lock,
@@ -144,7 +149,7 @@ impl Builder<'_> {
         let packages = self.list_packages(profile)?;
         let day = image::format_day(self.lock.epoch);
         let description = manifest::Description::new(profile, &diffs, &packages, key, &day);
-        let raw = out.join(format!("{}.raw", profile.name));
+        let raw = self.growing.path().join(format!("{}.raw", profile.name));
         let disk = images.build_disk(profile, &diffs, &initrd, &description, &raw)?;
         let written = outputs::write(self.source, self.tools, profile, formats, &raw)?;
 
@@ -162,18 +167,8 @@ impl Builder<'_> {
             outputs: written,
             steps: self.source.progress.step_times().split_off(before),
         };
-        manifest.save(out)?;
+        outputs::publish(self.growing, &manifest, out)?;
         Ok(describe(&manifest, out, began, false))
-    }
-
-    fn fetch_artifacts(&self, profile: &Profile) -> Result<()> {
-        let artifacts: Vec<_> = profile
-            .layers
-            .iter()
-            .flat_map(|layer| &layer.artifacts)
-            .map(|artifact| (artifact.name.clone(), artifact.url.clone(), artifact.sha256))
-            .collect();
-        self.source.fetch_artifacts(&artifacts)
     }
 
     /// Digest of everything that goes into the image.

@@ -13,23 +13,40 @@ use crate::config::profile::Profile;
 use crate::digest::Digest;
 use crate::error::UserError;
 use crate::output::qcow2;
+use crate::store::{self, Scratch};
 use crate::tools::Tools;
 
-/// Make the output folder, and find out now whether it can be written to.
-pub fn prepare_folder(out: &Path) -> Result<()> {
-    let try_out = || -> std::io::Result<()> {
+/// Before the name of the folder in which outputs grow.
+const GROWING: &str = ".stanchion-";
+
+/// Make the output folder, and find out now whether it can be written to. What is returned
+/// is a folder in it for outputs that are not finished; what dead builds left is removed.
+pub fn prepare_folder(out: &Path) -> Result<Scratch> {
+    let prepare = || {
         fs::create_dir_all(out)?;
-        let probe = out.join(format!(".stanchion.{}.tmp", std::process::id()));
-        fs::write(&probe, b"")?;
-        fs::remove_file(&probe)
+        store::sweep_scratch(out, GROWING);
+        store::make_scratch(out, GROWING, "growing")
     };
-    try_out().map_err(|error| {
+    prepare().map_err(|error| {
         UserError::new("the output folder cannot be written to")
             .in_file(out)
-            .why(error.to_string())
+            .why(error.root_cause().to_string())
             .help("name another with --out, or mend its permissions")
             .into()
     })
+}
+
+/// Move finished outputs and their manifest from `growing` to `out`. Until now `out` has
+/// held those of the last good build.
+pub fn publish(growing: &Scratch, manifest: &Manifest, out: &Path) -> Result<()> {
+    manifest.save(growing.path())?;
+    let files = manifest.outputs.iter().map(|output| output.file.clone());
+    for file in files.chain([Manifest::name(&manifest.profile)]) {
+        let to = out.join(&file);
+        fs::rename(growing.path().join(&file), &to)
+            .with_context(|| format!("writing {}", to.display()))?;
+    }
+    Ok(())
 }
 
 /// The manifest of an earlier build, when its outputs are those that `key` would give.

@@ -107,7 +107,7 @@ impl Source {
             let Some(locked) = previous.find_package(&name) else { continue };
             if locked.version != pin.version
                 || listed.iter().any(is_listed)
-                || !self.store.has_file(&locked.sha256)
+                || !self.store.has_file(&locked.sha256, Some(locked.size))
             {
                 continue;
             }
@@ -136,8 +136,10 @@ impl Source {
 
     /// The packages of the named sets in the store, by digest.
     fn fetch_packages(&self, packages: &[&LockedPackage]) -> Result<()> {
-        let missing: Vec<_> =
-            packages.iter().filter(|package| !self.store.has_file(&package.sha256)).collect();
+        let missing: Vec<_> = packages
+            .iter()
+            .filter(|package| !self.store.has_file(&package.sha256, Some(package.size)))
+            .collect();
         if missing.is_empty() {
             return Ok(());
         }
@@ -163,26 +165,19 @@ impl Source {
     }
 
     /// Files of the layers from outside the archive.
-    pub fn fetch_artifacts(&self, artifacts: &[(String, String, Digest)]) -> Result<()> {
-        let downloads: Vec<Download> = artifacts
-            .iter()
-            .filter(|(_, _, digest)| !self.store.has_file(digest))
-            .map(|(name, url, digest)| Download {
-                name: name.clone(),
-                urls: vec![url.clone()],
-                digest: *digest,
+    pub fn fetch_artifacts(&self, profile: &Profile) -> Result<()> {
+        let mut downloads = Vec::new();
+        for layer in &profile.layers {
+            downloads.extend(layer.artifacts.iter().map(|artifact| Download {
+                name: format!("artifact `{}` of layer `{}`", artifact.name, layer.name),
+                urls: vec![artifact.url.clone()],
+                digest: artifact.sha256,
                 size: None,
-            })
-            .collect();
-        if downloads.is_empty() {
-            return Ok(());
+            }));
         }
         let fetched = self.fetcher.fetch_all(&self.store, &downloads, &self.progress);
         fetched.map(drop).map_err(|error| match error.downcast::<Vanished>() {
-            Ok(vanished) => UserError::new("artifacts are not where the layers say")
-                .why(vanished.names.join(", "))
-                .help("mend their `url`")
-                .into(),
+            Ok(vanished) => explain_missing_artifacts(&vanished, &downloads).into(),
             Err(error) => error,
         })
     }
@@ -375,6 +370,17 @@ pub fn fetch_set(source: &Source, lock: &Lock, set: &str) -> Result<Vec<(String,
         .iter()
         .map(|package| (package.name.clone(), source.store.file_path(&package.sha256)))
         .collect())
+}
+
+fn explain_missing_artifacts(vanished: &Vanished, downloads: &[Download]) -> UserError {
+    let missing: Vec<String> = downloads
+        .iter()
+        .filter(|download| vanished.names.contains(&download.name))
+        .map(|download| format!("{}: {}", download.name, download.urls.join(", ")))
+        .collect();
+    UserError::new("there is no such file (any more) at the URL of an artifact")
+        .why(missing.join("\n"))
+        .help("mend its `url` in layer.toml, and its `sha256` when it is another version")
 }
 
 fn load_all(project: &Project) -> Result<Vec<Profile>> {

@@ -21,7 +21,10 @@ pub fn provide_tools(source: &Source, lock: &Lock, set: &str) -> Result<Tools> {
     add_packages(&mut key, &lock.list_set(set)?);
     let digest = key.digest();
     if let Some(entry) = source.store.find_entry("tools", &digest) {
-        return Ok(Tools::new(entry));
+        if entry.join("usr").is_dir() {
+            return Ok(Tools::new(entry));
+        }
+        source.store.discard_entry("tools", &digest)?;
     }
     let debs = source::fetch_set(source, lock, set)?;
     let step = source.progress.begin(set.to_string());

@@ -304,7 +304,11 @@ pub fn build_files(job: &FilesJob, inside: &mut Inside) -> Result<Sealed> {
         inside.say(verb)?;
         let program =
             Program::new("systemctl").args(["--quiet", "--no-reload", verb]).args(units.clone());
-        inside.run(&program).map_err(|error| {
+        let ran = inside.run(&program);
+        if ran.is_err() && job.common.debug_shell {
+            inside.open_shell()?;
+        }
+        ran.map_err(|error| {
             describe_failure(
                 &job.common,
                 error,
