@@ -159,6 +159,10 @@ impl LayerBuilder<'_> {
             key.add(format!("artifact {}", artifact.name), artifact.sha256.as_bytes());
             key.add("artifact path", artifact.path.as_os_str().as_encoded_bytes());
             key.add("artifact unpack", format!("{} {}", artifact.unpack, artifact.strip));
+            key.add(
+                "artifact owner and mode",
+                format!("{}:{} {:o}", artifact.owner, artifact.group, artifact.mode),
+            );
         }
         for (what, names) in
             [("enable", &units.enable), ("disable", &units.disable), ("mask", &units.mask)]
@@ -182,6 +186,9 @@ impl LayerBuilder<'_> {
                         path: self.source.store.file_path(&artifact.sha256),
                         target: artifact.path.clone(),
                         unpack: artifact.unpack.then_some(artifact.strip as usize),
+                        owner: artifact.owner.clone(),
+                        group: artifact.group.clone(),
+                        mode: artifact.mode,
                     })
                     .collect(),
                 enable: units.enable.clone(),

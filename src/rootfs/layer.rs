@@ -108,6 +108,10 @@ pub struct Artifact {
     pub target: PathBuf,
     /// Unpack it as a tar archive, without this many leading folders.
     pub unpack: Option<usize>,
+    /// Of the file itself; what is unpacked is root's, with the archive's modes.
+    pub owner: String,
+    pub group: String,
+    pub mode: u32,
 }
 
 /// What became of a diff.
@@ -389,10 +393,15 @@ fn place_artifact(root: &Path, artifact: &Artifact) -> Result<()> {
         Some(_) => PlacedKind::Directory { keep_existing: true },
         None => PlacedKind::File(artifact.path.clone()),
     };
-    let mode = if artifact.unpack.is_some() { 0o755 } else { 0o644 };
-    let target = artifact.target.clone();
-    let (owner, group) = ("root".to_string(), "root".to_string());
-    place_files(root, &[Placed { target, kind, mode, owner, group }])?;
+    let mode = if artifact.unpack.is_some() { 0o755 } else { artifact.mode };
+    let placed = Placed {
+        target: artifact.target.clone(),
+        kind,
+        mode,
+        owner: artifact.owner.clone(),
+        group: artifact.group.clone(),
+    };
+    place_files(root, &[placed])?;
     let Some(strip) = artifact.unpack else { return Ok(()) };
     let fd = place::open_root(root)?;
     let folder = artifact.target.strip_prefix("/").unwrap_or(&artifact.target);
