@@ -49,7 +49,7 @@ enum Content {
     Blob,
 }
 
-/// Encode the index. All times become `epoch`. The addresses of the blobs are still to be
+/// Encode the index. Inodes whose time is `epoch` are short ones. The addresses of the blobs are still to be
 /// written ([`set_addresses`]).
 pub fn encode_index(
     nodes: &[Node],

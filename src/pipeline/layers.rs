@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::sets;
 use super::source::Source;
+use super::templates;
 use super::unpacked::add_packages;
 use crate::config::layer::Layer;
 use crate::config::profile::Profile;
@@ -23,11 +24,10 @@ use crate::rootfs::layer::{
 };
 use crate::sandbox::{Sandbox, Spec};
 use crate::store::Scratch;
-use crate::template;
 use crate::tools::Tools;
 
 /// Raised when a step would make other bytes from the same inputs.
-const PACKAGES_VERSION: u32 = 2;
+const PACKAGES_VERSION: u32 = 3;
 const FILES_VERSION: u32 = 1;
 
 pub const PACKAGES_JOB: &str = "layer/packages";
@@ -115,17 +115,10 @@ impl LayerBuilder<'_> {
         layer.provides.iter().for_each(|name| {
             key.add("provides", name);
         });
-        let variables = serde_json::to_value(&profile.variables)?;
-        self.place(profile, &layer.skeleton, &variables, None, &mut key)?;
+        place(profile, &layer.skeleton, None, &mut key)?;
 
         self.provide(layer, "packages", key, below, |scratch| {
-            let skeleton = self.place(
-                profile,
-                &layer.skeleton,
-                &variables,
-                Some(scratch),
-                &mut Key::default(),
-            )?;
+            let skeleton = place(profile, &layer.skeleton, Some(scratch), &mut Key::default())?;
             let job = PackagesJob {
                 common: self.describe_common(layer, below, scratch),
                 debs: packages
@@ -160,13 +153,16 @@ impl LayerBuilder<'_> {
         if nothing {
             return Ok(None);
         }
-        let variables = serde_json::to_value(&profile.variables)?;
         let mut key = self.begin_key("files", FILES_VERSION, layer, below);
-        self.place(profile, &files, &variables, None, &mut key)?;
+        place(profile, &files, None, &mut key)?;
         for artifact in &layer.artifacts {
             key.add(format!("artifact {}", artifact.name), artifact.sha256.as_bytes());
             key.add("artifact path", artifact.path.as_os_str().as_encoded_bytes());
             key.add("artifact unpack", format!("{} {}", artifact.unpack, artifact.strip));
+            key.add(
+                "artifact owner and mode",
+                format!("{}:{} {:o}", artifact.owner, artifact.group, artifact.mode),
+            );
         }
         for (what, names) in
             [("enable", &units.enable), ("disable", &units.disable), ("mask", &units.mask)]
@@ -182,13 +178,7 @@ impl LayerBuilder<'_> {
         self.provide(layer, "files", key, below, |scratch| {
             let job = FilesJob {
                 common: self.describe_common(layer, below, scratch),
-                files: self.place(
-                    profile,
-                    &files,
-                    &variables,
-                    Some(scratch),
-                    &mut Key::default(),
-                )?,
+                files: place(profile, &files, Some(scratch), &mut Key::default())?,
                 artifacts: layer
                     .artifacts
                     .iter()
@@ -196,6 +186,9 @@ impl LayerBuilder<'_> {
                         path: self.source.store.file_path(&artifact.sha256),
                         target: artifact.path.clone(),
                         unpack: artifact.unpack.then_some(artifact.strip as usize),
+                        owner: artifact.owner.clone(),
+                        group: artifact.group.clone(),
+                        mode: artifact.mode,
                     })
                     .collect(),
                 enable: units.enable.clone(),
@@ -236,66 +229,6 @@ impl LayerBuilder<'_> {
             tar: scratch.join("layer.tar"),
             debug_shell: self.debug_shell,
         }
-    }
-
-    /// Describe files for the sandbox and add each to `key`. Templates are rendered; with
-    /// `scratch` the results are written there.
-    fn place(
-        &self,
-        profile: &Profile,
-        files: &[TreeFile],
-        variables: &Value,
-        scratch: Option<&Path>,
-        key: &mut Key,
-    ) -> Result<Vec<Placed>> {
-        let mut placed = Vec::new();
-        for (number, file) in files.iter().enumerate() {
-            let name = file.target.display();
-            let kind = match &file.kind {
-                TreeKind::File { source, template } => {
-                    let source = &profile.root.join(source);
-                    let from = if *template {
-                        let text = fs::read_to_string(source)
-                            .with_context(|| format!("reading {}", source.display()))?;
-                        let text = template::render(&text, source, variables)?;
-                        key.add(format!("file {name}"), &text);
-                        match scratch {
-                            Some(scratch) => {
-                                let rendered = scratch.join(format!("rendered-{number}"));
-                                fs::write(&rendered, text)
-                                    .with_context(|| format!("writing {}", rendered.display()))?;
-                                rendered
-                            }
-                            None => source.clone(),
-                        }
-                    } else {
-                        key.add(format!("file {name}"), Digest::of_file(source)?.as_bytes());
-                        source.clone()
-                    };
-                    PlacedKind::File(from)
-                }
-                TreeKind::Symlink(to) => {
-                    key.add(format!("link {name}"), to);
-                    PlacedKind::Link(to.into())
-                }
-                TreeKind::Directory { keep_existing } => {
-                    key.add(format!("directory {name}"), [u8::from(*keep_existing)]);
-                    PlacedKind::Directory { keep_existing: *keep_existing }
-                }
-            };
-            key.add(
-                format!("owner and mode {name}"),
-                format!("{}:{} {:o}", file.owner, file.group, file.mode),
-            );
-            placed.push(Placed {
-                target: file.target.clone(),
-                kind,
-                mode: file.mode,
-                owner: file.owner.clone(),
-                group: file.group.clone(),
-            });
-        }
-        Ok(placed)
     }
 
     /// The diff of `key` from the store, or the sandbox's work on the job.
@@ -381,6 +314,61 @@ impl LayerBuilder<'_> {
         }
         Ok(())
     }
+}
+
+/// Describe files for the sandbox and add each to `key`. Templates are rendered; with
+/// `scratch` the results are written there.
+fn place(
+    profile: &Profile,
+    files: &[TreeFile],
+    scratch: Option<&Path>,
+    key: &mut Key,
+) -> Result<Vec<Placed>> {
+    let mut placed = Vec::new();
+    for (number, file) in files.iter().enumerate() {
+        let name = file.target.display();
+        let kind = match &file.kind {
+            TreeKind::File { source, template: true } => {
+                let text = templates::render(profile, source)?;
+                key.add(format!("file {name}"), &text);
+                let rendered = match scratch {
+                    Some(scratch) => {
+                        let rendered = scratch.join(format!("rendered-{number}"));
+                        fs::write(&rendered, text)
+                            .with_context(|| format!("writing {}", rendered.display()))?;
+                        rendered
+                    }
+                    None => source.clone(),
+                };
+                PlacedKind::File(rendered)
+            }
+            TreeKind::File { source, template: false } => {
+                let source = profile.root.join(source);
+                key.add(format!("file {name}"), Digest::of_file(&source)?.as_bytes());
+                PlacedKind::File(source)
+            }
+            TreeKind::Symlink(to) => {
+                key.add(format!("link {name}"), to);
+                PlacedKind::Link(to.into())
+            }
+            TreeKind::Directory { keep_existing } => {
+                key.add(format!("directory {name}"), [u8::from(*keep_existing)]);
+                PlacedKind::Directory { keep_existing: *keep_existing }
+            }
+        };
+        key.add(
+            format!("owner and mode {name}"),
+            format!("{}:{} {:o}", file.owner, file.group, file.mode),
+        );
+        placed.push(Placed {
+            target: file.target.clone(),
+            kind,
+            mode: file.mode,
+            owner: file.owner.clone(),
+            group: file.group.clone(),
+        });
+    }
+    Ok(placed)
 }
 
 /// The diff of an entry that has all its parts.

@@ -7,6 +7,7 @@ mod outputs;
 mod room;
 mod sets;
 mod source;
+mod templates;
 mod unpacked;
 
 use std::path::{Path, PathBuf};
@@ -76,7 +77,8 @@ pub fn build(
     let mut profiles = Vec::new();
     let mut broken = Vec::new();
     for name in names {
-        match project.load_profile(name) {
+        let loaded = project.load_profile(name);
+        match loaded.and_then(|profile| templates::check(&profile).map(|()| profile)) {
             Ok(profile) => {
                 profiles.push(profile);
                 broken.push(None);

@@ -20,7 +20,7 @@ use super::extract::{self, DebFile, Purpose, Unpacked};
 use super::place::{self, Walker};
 use super::{diversions, dpkg, seal, stand_in};
 use crate::command::Failed;
-use crate::debian::package;
+use crate::debian::{deb822, package};
 use crate::digest::Digest;
 use crate::error::UserError;
 use crate::sandbox::{Inside, Program};
@@ -108,6 +108,10 @@ pub struct Artifact {
     pub target: PathBuf,
     /// Unpack it as a tar archive, without this many leading folders.
     pub unpack: Option<usize>,
+    /// Of the file itself; what is unpacked is root's, with the archive's modes.
+    pub owner: String,
+    pub group: String,
+    pub mode: u32,
 }
 
 /// What became of a diff.
@@ -120,6 +124,10 @@ pub struct Sealed {
 
 /// dpkg asks this before it starts or stops a service: nothing runs in an image.
 const POLICY: &str = "usr/sbin/policy-rc.d";
+
+/// Keep the configuration files that a layer has put there; the build's crash safety is the
+/// store's, not dpkg's.
+const DPKG_FORCE: [&str; 2] = ["--force-confold", "--force-unsafe-io"];
 
 /// Bytes that an artifact may unpack to. Its digest is pinned: this is no defence against
 /// a stranger, only against a mistake.
@@ -144,6 +152,17 @@ pub fn build_packages(job: &PackagesJob, inside: &mut Inside) -> Result<Sealed> 
     configured?;
     remove_file(&root.join(POLICY))?;
     seal::seal(&job.common, inside, "packages")
+}
+
+fn list_essential(unpacked: &[Unpacked]) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for package in unpacked {
+        let control = deb822::parse_one(package.control_text()?)?;
+        if control.get("Essential") == Some("yes") {
+            names.push(package.name.clone());
+        }
+    }
+    Ok(names)
 }
 
 fn unpack(job: &PackagesJob, root: &Path) -> Result<Vec<Unpacked>> {
@@ -203,12 +222,17 @@ fn configure(
     }
     diversions::settle(root, &before, unpacked)?;
     inside.say("configuring")?;
-    let program = Program::new("dpkg").args([
-        "--configure",
-        "--pending",
-        "--force-confold",
-        "--force-unsafe-io",
-    ]);
+    // Nothing declares that it needs an essential package, so these come first: their
+    // configuration files (/etc/pam.d) are not in place before.
+    let essential = list_essential(unpacked)?;
+    if !essential.is_empty() {
+        let program =
+            Program::new("dpkg").args(["--configure", "--force-depends"]).args(DPKG_FORCE);
+        inside.watch_and_say(&program.args(essential)).map_err(|error| {
+            explain_failure(job, error, "`dpkg --configure` of essential packages")
+        })?;
+    }
+    let program = Program::new("dpkg").args(["--configure", "--pending"]).args(DPKG_FORCE);
     inside
         .watch_and_say(&program)
         .map_err(|error| explain_failure(job, error, "`dpkg --configure`"))?;
@@ -369,10 +393,15 @@ fn place_artifact(root: &Path, artifact: &Artifact) -> Result<()> {
         Some(_) => PlacedKind::Directory { keep_existing: true },
         None => PlacedKind::File(artifact.path.clone()),
     };
-    let mode = if artifact.unpack.is_some() { 0o755 } else { 0o644 };
-    let target = artifact.target.clone();
-    let (owner, group) = ("root".to_string(), "root".to_string());
-    place_files(root, &[Placed { target, kind, mode, owner, group }])?;
+    let mode = if artifact.unpack.is_some() { 0o755 } else { artifact.mode };
+    let placed = Placed {
+        target: artifact.target.clone(),
+        kind,
+        mode,
+        owner: artifact.owner.clone(),
+        group: artifact.group.clone(),
+    };
+    place_files(root, &[placed])?;
     let Some(strip) = artifact.unpack else { return Ok(()) };
     let fd = place::open_root(root)?;
     let folder = artifact.target.strip_prefix("/").unwrap_or(&artifact.target);

@@ -1,0 +1,88 @@
+//! Every command of the README runs, and every link of the documents leads somewhere.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const STANCHION: &str = "cargo run --release -- ";
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Lines of the `sh` blocks of a document.
+fn list_commands(text: &str) -> Vec<&str> {
+    let mut commands = Vec::new();
+    let mut inside = false;
+    for line in text.lines() {
+        match line {
+            "```sh" => inside = true,
+            _ if line.starts_with("```") => inside = false,
+            _ if inside && !line.trim().is_empty() => commands.push(line),
+            _ => {}
+        }
+    }
+    commands
+}
+
+/// A copy of the project whose `out/` is the test's own.
+fn copy_project(to: &Path) {
+    let _ = fs::remove_dir_all(to);
+    fs::create_dir_all(to).unwrap();
+    let copy = |name: &str| {
+        let done = Command::new("cp").arg("-a").arg(root().join(name)).arg(to).status().unwrap();
+        assert!(done.success(), "copying {name}");
+    };
+    ["layers", "profiles", "stanchion.lock"].iter().for_each(|name| copy(name));
+}
+
+#[test]
+fn every_command_of_the_readme_runs() {
+    let text = fs::read_to_string(root().join("README.md")).unwrap();
+    let commands = list_commands(&text);
+    assert_eq!(commands[0], "cargo run --release -- build db");
+    assert_eq!(commands[1], "cargo test");
+
+    let project = Path::new(env!("CARGO_TARGET_TMPDIR")).join("readme");
+    copy_project(&project);
+    for command in commands.iter().filter(|command| **command != "cargo test") {
+        let args = command.strip_prefix(STANCHION).expect("a command that this test knows");
+        let output = Command::new(env!("CARGO_BIN_EXE_stanchion"))
+            .args(args.split(' '))
+            .current_dir(&project)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        if said.contains("no Debian mirror") || said.contains("the sandbox cannot") {
+            println!("skipped `{command}`: {}", said.lines().next().unwrap_or_default());
+            return;
+        }
+        assert!(output.status.success(), "`{command}` failed:\n{said}");
+    }
+    let _ = fs::remove_dir_all(&project);
+}
+
+#[test]
+fn every_link_of_the_documents_leads_somewhere() {
+    let mut documents: Vec<PathBuf> = vec![root().join("README.md"), root().join("CHANGELOG.md")];
+    let docs = fs::read_dir(root().join("docs")).unwrap();
+    documents.extend(
+        docs.map(|entry| entry.unwrap().path())
+            .filter(|path| path.extension().is_some_and(|e| e == "md")),
+    );
+    for document in documents {
+        let text = fs::read_to_string(&document).unwrap();
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            let path = link.split('#').next().unwrap_or_default();
+            if path.is_empty() || path.contains("://") {
+                continue;
+            }
+            let target = document.parent().unwrap().join(path);
+            assert!(target.exists(), "{}: `{link}` leads nowhere", document.display());
+        }
+        // Paths of sources that the documents name.
+        for word in text.split('`').filter(|word| word.starts_with("src/")) {
+            assert!(root().join(word).exists(), "{}: there is no {word}", document.display());
+        }
+    }
+}
