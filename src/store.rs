@@ -194,7 +194,7 @@ impl Store {
         for step in read_folder(&self.root.join("steps"))? {
             list_entries(&step, &mut entries)?;
         }
-        entries.sort_by(|a, b| a.used.cmp(&b.used));
+        entries.sort_by_key(|entry| entry.used);
         let mut total: u64 = entries.iter().map(|entry| entry.bytes).sum();
         let mut freed = Freed::default();
         // Nobody else has the store open: what lies here was left by the dead.
