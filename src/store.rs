@@ -118,6 +118,11 @@ impl Store {
         Ok(to)
     }
 
+    /// Remove a file whose content is not what its name says.
+    pub fn discard_file(&self, digest: &Digest) -> Result<()> {
+        remove_tree(&self.file_path(digest))
+    }
+
     /// A small fact by its name (letters, digits, `-`, `_`, `.`).
     pub fn state_path(&self, name: &str) -> PathBuf {
         self.root.join("state").join(name)

@@ -138,6 +138,7 @@ impl LayerBuilder<'_> {
             };
             Ok((PACKAGES_JOB, serde_json::to_value(job)?))
         })
+        .map_err(|error| self.source.explain_rot(&packages, error))
         .map(Some)
     }
 

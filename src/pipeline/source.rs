@@ -164,6 +164,32 @@ impl Source {
         self.fetcher.fetch_all(&self.store, &downloads, &self.progress).map(drop)
     }
 
+    /// When what was made of packages fails, look whether their files have rotted in the
+    /// store. Those are removed.
+    pub fn explain_rot(&self, packages: &[&LockedPackage], error: anyhow::Error) -> anyhow::Error {
+        let rotten: Vec<_> = packages
+            .iter()
+            .filter(|package| {
+                Digest::of_file(&self.store.file_path(&package.sha256))
+                    .is_ok_and(|found| found != package.sha256)
+            })
+            .collect();
+        if rotten.is_empty() {
+            return error;
+        }
+        let mut names = Vec::new();
+        for package in rotten {
+            // One that cannot be removed is found again by the next build.
+            let _ = self.store.discard_file(&package.sha256);
+            names.push(format!("{} {}", package.name, package.version));
+        }
+        UserError::new("files in the store are damaged")
+            .in_file(self.store.root())
+            .why(names.join(", "))
+            .help("they were removed: build again, and they are fetched anew")
+            .into()
+    }
+
     /// Files of the layers from outside the archive.
     pub fn fetch_artifacts(&self, profile: &Profile) -> Result<()> {
         let mut downloads = Vec::new();

@@ -46,7 +46,7 @@ pub fn unpack(
     let packages = lock.list_set(set)?;
     let debs: Vec<DebFile> = debs
         .iter()
-        .zip(packages)
+        .zip(&packages)
         .map(|((name, path), locked)| DebFile {
             name: name.clone(),
             path: path.clone(),
@@ -55,7 +55,10 @@ pub fn unpack(
         .collect();
     let excludes = Excludes::default();
     let options = Options { purpose: Purpose::Tools, threads: source.threads, excludes: &excludes };
-    extract::unpack_all(&debs, root, &options).with_context(|| format!("unpacking {set}")).map(drop)
+    extract::unpack_all(&debs, root, &options)
+        .map_err(|error| source.explain_rot(&packages, error))
+        .with_context(|| format!("unpacking {set}"))
+        .map(drop)
 }
 
 /// Packages by digest, in order, as inputs of a step.

@@ -118,9 +118,12 @@ fn a_build_is_quiet_when_told_and_speaks_json_when_told() {
     assert_eq!(outputs.len(), 2);
     for output in outputs {
         let path = project.root().join(output["path"].as_str().unwrap());
-        let digest = stanchion::digest::Digest::of_file(&path).unwrap();
-        assert_eq!(output["sha256"], digest.to_string());
+        if let Some(sha256) = output["sha256"].as_str() {
+            let digest = stanchion::digest::Digest::of_file(&path).unwrap();
+            assert_eq!(sha256, digest.to_string());
+        }
     }
+    assert!(outputs.iter().any(|output| output["sha256"].is_string()));
     let ran = project.run(&["build", "tiny", "--offline", "--locked"]);
     ran.expect(0, &["cached", "nothing had changed"]);
 }

@@ -214,5 +214,7 @@ fn a_download_that_rotted_in_the_store_names_its_package() {
     let middle = rotten.len() - 60;
     rotten[middle..].fill(0x55);
     fs::write(&stored, &rotten).unwrap();
-    project.run(&["build", "tiny", "--offline"]).expect(2, &["hello"]);
+    let build = || project.run(&["build", "tiny", "--offline"]);
+    build().expect(2, &["files in the store are damaged", "hello 1.0", "they are fetched anew"]);
+    build().expect(2, &["the store lacks 1 file"]);
 }

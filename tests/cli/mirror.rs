@@ -153,11 +153,11 @@ fn an_in_release_that_is_unsigned_or_of_another_suite_is_refused() {
     let at = tampered.windows(7).position(|part| part == b"SHA256:").unwrap() + 10;
     tampered[at] = if tampered[at] == b'0' { b'1' } else { b'0' };
     let cases: [(&[u8], &str); 5] = [
-        (&signed[begin..end], "is not signed"),
+        (&signed[begin..end], "it does not begin as a signed message"),
         (&tampered, "does not hold"),
         (&signed, "trixie-security"),
-        (b"", "is not signed"),
-        (b"<html>Log in first</html>", "is not signed"),
+        (b"", "it does not begin as a signed message"),
+        (b"<html>Log in first</html>", "try another mirror"),
     ];
     for (body, expected) in cases {
         let body = body.to_vec();

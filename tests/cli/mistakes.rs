@@ -33,7 +33,7 @@ fn an_unknown_profile_is_answered_with_the_nearest() {
 fn broken_toml_is_shown_with_file_and_line() {
     check(
         &[("profiles/tiny.toml", "description = \"t\"\nlayers = [\"a\"\n")],
-        "invalid TOML\n  at: profiles/tiny.toml:3\n  why: unclosed array, expected `]`",
+        "TOML syntax: unclosed array, expected `]`\n  at: profiles/tiny.toml:2",
     );
 }
 
@@ -63,7 +63,7 @@ fn layers_in_a_circle_are_shown() {
             ("layers/a/layer.toml", "description = \"a\"\nrequires = [\"b\"]\n"),
             ("layers/b/layer.toml", "description = \"b\"\nrequires = [\"a\"]\n"),
         ],
-        "",
+        "the layers require each other in a circle\n  at: layers/b/layer.toml:2\n  why: a -> b -> a\n  help: remove one of them from `requires`",
     );
 }
 
