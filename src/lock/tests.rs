@@ -84,7 +84,7 @@ fn a_changed_request_is_stale_and_an_unchanged_one_is_not() {
 #[test]
 fn a_lock_survives_its_file_and_an_absolute_path_in_it_does_not() {
     let universe = universe("Package: aa\nVersion: 1");
-    let requests = [request("x", None, &["a"])];
+    let requests = [request("x", None, &["aa"])];
     let lock = resolve(&requests, &universe, vec![], None, &Update::Nothing).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(FILE_NAME);
