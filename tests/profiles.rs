@@ -15,12 +15,14 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use stanchion::command::Command;
+use stanchion::debian::index::parse_packages;
 use stanchion::debian::mirror::{Mirror, Places};
+use stanchion::debian::solve::Universe;
 use stanchion::digest::Digest;
 use stanchion::fetch::{Fetcher, Patience};
 use stanchion::lock::Lock;
 use stanchion::progress::{Mode, Progress};
-use stanchion::repository;
+use stanchion::repository::{self, Suite};
 use stanchion::store::Store;
 use tempfile::TempDir;
 
@@ -121,10 +123,20 @@ fn copy(from: &Path, to: &Path) {
 
 /// What the mirror has today, and the lock that is solved against it without another.
 struct Today {
-    /// The suites' lists of packages.
-    lists: Vec<(String, String)>,
+    mirror: Mirror,
+    suites: Vec<Suite>,
     lock: Lock,
     text: String,
+}
+
+impl Today {
+    /// All packages of the suites' lists.
+    fn read_universe(&self) -> Universe {
+        let suites = self.suites.iter();
+        let packages =
+            suites.flat_map(|suite| parse_packages(&suite.packages_text, &suite.name).unwrap());
+        Universe::new(packages.collect())
+    }
 }
 
 /// `None`, with a line that says so, where there is no mirror.
@@ -148,8 +160,7 @@ fn look_at_today() -> Option<Today> {
         let lock = project.lock();
         let ours: Vec<Digest> = suites.iter().map(|suite| suite.release_digest).collect();
         if lock.suites.iter().map(|suite| suite.sha256).eq(ours) {
-            let lists = suites.into_iter().map(|suite| (suite.name, suite.packages_text));
-            return Some(Today { lists: lists.collect(), lock, text: project.read_lock() });
+            return Some(Today { mirror, suites, lock, text: project.read_lock() });
         }
     }
     panic!("the mirror was renewed three times in a row");

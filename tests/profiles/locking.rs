@@ -3,8 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 
-use stanchion::debian::index::{Package, parse_packages};
-use stanchion::debian::solve::Universe;
+use stanchion::debian::index::Package;
 use stanchion::lock::Lock;
 
 use crate::{Copy, Today, find_today};
@@ -70,9 +69,7 @@ struct Pair {
 }
 
 fn find_pairs(today: &Today) -> Vec<Pair> {
-    let lists = today.lists.iter();
-    let packages = lists.flat_map(|(suite, text)| parse_packages(text, suite).unwrap());
-    let universe = Universe::new(packages.collect());
+    let universe = today.read_universe();
     let locked: Vec<&Package> =
         today.lock.packages.iter().flat_map(|locked| universe.find(&locked.name)).collect();
     let mut pairs = Vec::new();

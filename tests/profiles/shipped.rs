@@ -6,8 +6,6 @@ use std::fs;
 use stanchion::command::Command;
 use stanchion::config::layer::PackageWish;
 use stanchion::config::{Profile, Project};
-use stanchion::debian::index::parse_packages;
-use stanchion::debian::solve::Universe;
 use stanchion::lock::{Lock, name_stand_in};
 use stanchion::pipeline::{FetchOptions, Source, provide_tools};
 use stanchion::progress::{Mode, Progress};
@@ -44,9 +42,7 @@ fn write_status(profile: &Profile) -> String {
 
 /// Packages that are essential in their newest version.
 fn list_essential(today: &Today) -> Vec<String> {
-    let lists = today.lists.iter();
-    let packages = lists.flat_map(|(suite, text)| parse_packages(text, suite).unwrap());
-    let universe = Universe::new(packages.collect());
+    let universe = today.read_universe();
     let names: BTreeSet<&String> =
         universe.packages().iter().filter(|p| p.essential).map(|p| &p.name).collect();
     let is_essential = |name: &&&String| universe.find(name).next().is_some_and(|p| p.essential);
@@ -59,7 +55,7 @@ fn every_profile_has_the_packages_that_apt_would_install() {
     let source = Source::open(&FetchOptions::default(), &Progress::new(Mode::Quiet)).unwrap();
     let tools = provide_tools(&source, &today.lock, tools::set::CHECK).unwrap();
     let start = move || -> Command { tools.command("apt-get").unwrap() };
-    let lists: Vec<&str> = today.lists.iter().map(|(_, text)| text.as_str()).collect();
+    let lists: Vec<&str> = today.suites.iter().map(|suite| suite.packages_text.as_str()).collect();
     let essential = list_essential(today);
     assert!(essential.iter().any(|name| name == "dpkg"));
 

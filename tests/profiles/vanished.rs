@@ -1,14 +1,16 @@
 //! Locked packages that the mirror has no more.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use stanchion::debian::mirror::{Mirror, Places};
 use stanchion::digest::Digest;
+use stanchion::fetch::Fetcher;
 use stanchion::lock::LockedPackage;
 use stanchion::sandbox::Sandbox;
 use stanchion::store::Store;
 
-use crate::{Copy, find_mirror};
+use crate::{Copy, find_mirror, find_today};
 
 /// A package that nothing else needs.
 const LEAF: &str = "hostname";
@@ -51,11 +53,7 @@ fn a_vanished_package_is_replaced_with_a_warning_and_never_under_locked() {
     }
     let project = Copy::with_empty_store();
     share_downloads(&project);
-    let sandbox = Sandbox::new(env!("CARGO_BIN_EXE_stanchion"));
-    if let Some(check) = sandbox.probe(&project.path("cache")).into_iter().find(|check| !check.ok) {
-        eprintln!("skipped: {}: {}", check.name, check.detail);
-        return;
-    }
+    let Some(sandbox) = find_sandbox(&project) else { return };
     let old = replace_leaf(&project, "0.9", b"this is nowhere");
     // What replaces it is not there yet either.
     let _ = fs::remove_file(project.path("cache/stanchion/files").join(old.sha256.to_string()));
@@ -84,12 +82,68 @@ fn a_vanished_package_is_replaced_with_a_warning_and_never_under_locked() {
     fs::write(project.path("stanchion.lock"), broken).unwrap();
     project.succeed(&["lock", "--update", LEAF]);
     assert_eq!(project.lock(), renewed);
-    discard(&project, &sandbox);
+    // Layers hold files of other owners.
+    sandbox.remove_tree(&project.path("cache")).unwrap();
 }
 
-/// Layers hold files of other owners.
-fn discard(project: &Copy, sandbox: &Sandbox) {
-    sandbox.remove_tree(&project.path("cache")).unwrap();
+/// `None`, with a line that says so, where nothing can be built.
+fn find_sandbox(project: &Copy) -> Option<Sandbox> {
+    let sandbox = Sandbox::new(env!("CARGO_BIN_EXE_stanchion"));
+    let failed = sandbox.probe(&project.path("cache")).into_iter().find(|check| !check.ok);
+    if let Some(check) = failed {
+        eprintln!("skipped: {}: {}", check.name, check.detail);
+        return None;
+    }
+    Some(sandbox)
+}
+
+/// A mirror with today's lists and without packages, as `--mirror` takes it.
+fn make_torn_mirror(root: &Path) -> String {
+    let today = find_today().unwrap();
+    let fetcher = Fetcher::new(1, false).unwrap();
+    let store = Store::open(&Store::default_root().unwrap()).unwrap();
+    let torn = Mirror::find(&Places {
+        flag: Some(format!("file://{}/debian", root.display())),
+        ..Places::default()
+    })
+    .unwrap();
+    for suite in &today.suites {
+        let folder = format!("dists/{}", suite.name);
+        let index = format!("{folder}/main/binary-amd64/Packages.xz");
+        let to = |path: &str| {
+            let url = torn.locate(suite.pool_base, path);
+            let path = PathBuf::from(url.strip_prefix("file://").unwrap());
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            path
+        };
+        let release = format!("{folder}/InRelease");
+        let bytes = fetcher.fetch_bytes(&today.mirror.locate(suite.pool_base, &release), 4 << 20);
+        fs::write(to(&release), bytes.unwrap()).unwrap();
+        let (digest, _) = suite.release.find_file("main/binary-amd64/Packages.xz").unwrap();
+        fs::copy(store.file_path(&digest), to(&index)).unwrap();
+    }
+    torn.main
+}
+
+#[test]
+fn a_mirror_that_lists_what_it_does_not_have_is_told_and_the_lock_stays() {
+    let Some(today) = find_today() else { return };
+    let project = Copy::with_empty_store();
+    if find_sandbox(&project).is_none() {
+        return;
+    }
+    share_downloads(&project);
+    fs::write(project.path("stanchion.lock"), &today.text).unwrap();
+    let leaf = today.lock.find_package(LEAF).unwrap();
+    let _ = fs::remove_file(project.path("cache/stanchion/files").join(leaf.sha256.to_string()));
+    let mirror = make_torn_mirror(&project.path("mirror"));
+    let out = project.path("out");
+    let build = ["build", "db", "--mirror", &mirror, "--out", out.to_str().unwrap()];
+    let said = project.fail(&build);
+    assert!(said.contains("error: the mirror lists packages that it does not have\n"), "{said}");
+    assert!(said.contains(&format!("{LEAF} {}", leaf.version)), "{said}");
+    assert!(!said.contains("warning: "), "{said}");
+    assert_eq!(project.read_lock(), today.text);
 }
 
 /// A .deb (deb(5)) of the leaf with nothing in it.
