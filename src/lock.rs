@@ -16,6 +16,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::debian::relation::is_package_name;
 use crate::debian::version::Version;
 use crate::digest::{Digest, Key};
 use crate::error::{UserError, find_nearest};
@@ -253,6 +254,9 @@ impl Lock {
     fn check(&self) -> Result<(), String> {
         let mut names = BTreeSet::new();
         for package in &self.packages {
+            if !is_package_name(&package.name) {
+                return Err(format!("`{}` is no package's name", package.name.escape_debug()));
+            }
             if !names.insert(package.name.as_str()) {
                 return Err(format!("package `{}` is locked twice", package.name));
             }
@@ -263,7 +267,11 @@ impl Lock {
                 return Err(format!("`{}` is no path relative to an archive", package.path));
             }
         }
+        let mut sets = BTreeSet::new();
         for set in &self.sets {
+            if !sets.insert(set.name.as_str()) {
+                return Err(format!("set `{}` is there twice", set.name));
+            }
             if let Some(name) = set.packages.iter().find(|name| !names.contains(name.as_str())) {
                 return Err(format!("set `{}` names the unlocked package `{name}`", set.name));
             }

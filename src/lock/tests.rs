@@ -83,8 +83,8 @@ fn a_changed_request_is_stale_and_an_unchanged_one_is_not() {
 
 #[test]
 fn a_lock_survives_its_file_and_an_absolute_path_in_it_does_not() {
-    let universe = universe("Package: a\nVersion: 1");
-    let requests = [request("x", None, &["a"])];
+    let universe = universe("Package: aa\nVersion: 1");
+    let requests = [request("x", None, &["aa"])];
     let lock = resolve(&requests, &universe, vec![], None, &Update::Nothing).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(FILE_NAME);
@@ -227,6 +227,33 @@ fn an_update_needs_a_lock_that_has_the_package() {
 
 fn suite(date: u64) -> Vec<LockedSuite> {
     vec![LockedSuite { name: "trixie".into(), date, sha256: Digest::of(&date.to_le_bytes()) }]
+}
+
+#[test]
+fn a_lock_that_was_merged_badly_is_refused() {
+    let universe = universe("Package: aa\nVersion: 1");
+    let requests = insist("x", None, &["aa"]);
+    let lock = resolve(&requests, &universe, vec![], None, &Update::Nothing).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(FILE_NAME);
+    let refuse = |change: &dyn Fn(&mut Lock)| {
+        let mut lock = lock.clone();
+        change(&mut lock);
+        lock.save(&path).unwrap();
+        let error = Lock::load(&path).unwrap_err();
+        assert_eq!(crate::error::exit_code(&error), 2, "{error:#}");
+        error.to_string()
+    };
+    let said = refuse(&|lock| lock.packages.push(lock.packages[0].clone()));
+    assert!(said.contains("package `aa` is locked twice"), "{said}");
+    let said = refuse(&|lock| lock.sets.push(lock.sets[0].clone()));
+    assert!(said.contains("set `x` is there twice"), "{said}");
+    let said = refuse(&|lock| lock.packages.clear());
+    assert!(said.contains("set `x` names the unlocked package `aa`"), "{said}");
+    let said = refuse(&|lock| lock.packages[0].name = "../aa\n".into());
+    assert!(said.contains("`../aa\\n` is no package's name"), "{said}");
+    let said = refuse(&|lock| lock.version = 2);
+    assert!(said.contains("it has format 2"), "{said}");
 }
 
 #[test]

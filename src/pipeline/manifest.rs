@@ -55,7 +55,10 @@ pub struct OutputEntry {
     pub format: Format,
     /// File name, beside the manifest.
     pub file: PathBuf,
-    pub sha256: Digest,
+    /// As sha256sum(1) gives it. None for a raw disk that was built by itself.
+    pub sha256: Option<Digest>,
+    /// Of a raw disk: the root hash that `veritysetup format --salt=- FILE TREE` prints.
+    pub tree: Option<Digest>,
     pub bytes: u64,
     /// Bytes it takes on the disk; less than `bytes` when it has holes.
     pub allocated: u64,

@@ -58,7 +58,10 @@ pub struct Built {
 #[derive(Debug, Serialize)]
 pub struct Output {
     pub path: PathBuf,
-    pub sha256: Digest,
+    /// None for a raw disk that was built by itself.
+    pub sha256: Option<Digest>,
+    /// Of a raw disk: the root hash of a dm-verity tree over all of it.
+    pub tree: Option<Digest>,
     pub bytes: u64,
     pub allocated: u64,
 }
@@ -208,6 +211,7 @@ fn describe(manifest: &Manifest, out: &Path, began: Instant, cached: bool) -> Bu
             .map(|output| Output {
                 path: out.join(&output.file),
                 sha256: output.sha256,
+                tree: output.tree,
                 bytes: output.bytes,
                 allocated: output.allocated,
             })
