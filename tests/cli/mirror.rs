@@ -217,7 +217,7 @@ fn without_any_mirror_the_ways_to_name_one_are_told() {
     }
     in_mount_namespace(|| {
         let (project, _) = project();
-        mount_small("/etc/apt".as_ref(), 1, true);
+        let _mounted = mount_small("/etc/apt".as_ref(), 1, true);
         let expected =
             ["no Debian mirror is known", "--mirror URL", "STANCHION_MIRROR", "config.toml"];
         project.run(&["build", "tiny"]).expect(2, &expected);

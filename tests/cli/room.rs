@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 use std::process::Child;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::project::{
     Project, can_build, can_mount, in_mount_namespace, list_files, mount_small, take_turn,
@@ -16,7 +16,7 @@ fn too_little_room_is_told_before_anything_is_fetched() {
     }
     in_mount_namespace(|| {
         let project = Project::tiny("");
-        mount_small(&project.cache(), 64, false);
+        let _mounted = mount_small(&project.cache(), 64, false);
         let ran = project.run(&["build", "tiny", "--offline"]);
         ran.expect(
             2,
@@ -30,7 +30,7 @@ fn too_little_room_is_told_before_anything_is_fetched() {
         assert!(ran.took < Duration::from_secs(3), "{:?}", ran.took);
 
         let project = Project::tiny("");
-        mount_small(&project.out(), 64, false);
+        let _mounted = mount_small(&project.out(), 64, false);
         let ran = project.run(&["build", "tiny", "--offline"]);
         ran.expect(2, &["the images need 1.30 GB, 67.1 MB are free", "--out to a larger disk"]);
         assert!(ran.took < Duration::from_secs(3), "{:?}", ran.took);
@@ -55,10 +55,10 @@ fn an_output_folder_that_cannot_be_written_to_is_told_at_once() {
         return;
     }
     in_mount_namespace(|| {
-        mount_small(&project.out(), 1, true);
+        let _mounted = mount_small(&project.out(), 1, true);
         let ran = project.run(&["build", "tiny", "--offline"]);
         ran.expect(2, &["the output folder cannot be written to", "Read-only file system"]);
-        mount_small(&project.cache(), 1, true);
+        let _mounted = mount_small(&project.cache(), 1, true);
         let ran = project.run(&["build", "tiny", "--offline", "--out", "elsewhere"]);
         ran.expect(2, &["Read-only file system"]);
     });
@@ -72,7 +72,7 @@ fn a_store_that_becomes_full_ends_the_build_with_advice() {
     }
     in_mount_namespace(|| {
         let project = Project::tiny("");
-        mount_small(&project.cache(), 1024, false);
+        let _mounted = mount_small(&project.cache(), 1024, false);
         project.link_downloads();
         // A store that has been built with is believed to need little more.
         fs::create_dir_all(project.store().join("steps/initrd")).unwrap();
@@ -81,9 +81,7 @@ fn a_store_that_becomes_full_ends_the_build_with_advice() {
         let before = list_files(&project.out());
         let build = project.command(&["build", "tiny", "--offline"]).spawn().unwrap();
         // The room is measured before the tools are unpacked.
-        while !project.store().join("steps/tools").exists() {
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        wait_until(|| project.store().join("steps/tools").exists());
         let free = stanchion::store::measure_room(&project.cache()).unwrap();
         resize(&project.cache(), 1024 - (free >> 20) + 40);
         check_full(build, &project.store().to_string_lossy());
@@ -101,7 +99,7 @@ fn an_output_folder_that_becomes_full_keeps_the_old_images() {
     in_mount_namespace(|| {
         let project = Project::tiny("");
         project.copy_store();
-        mount_small(&project.out(), 2048, false);
+        let _mounted = mount_small(&project.out(), 2048, false);
         project.run(&["build", "tiny", "--offline"]).expect(0, &[]);
         let before = list_files(&project.out());
         assert_eq!(before.len(), 3);
@@ -110,8 +108,8 @@ fn an_output_folder_that_becomes_full_keeps_the_old_images() {
             project.write_extra("commands = [\"sleep 1\"]");
             project.write("layers/extra/tree/etc/room", &room.to_string());
             let build = project.command(&["build", "tiny", "--offline"]).spawn().unwrap();
-            // It has measured the room by now and sleeps.
-            std::thread::sleep(Duration::from_millis(700));
+            // The room was measured when it comes to the layer, in which it sleeps.
+            wait_until(|| fs::read_dir(project.store().join("tmp")).unwrap().count() > 0);
             let free = stanchion::store::measure_room(&project.out()).unwrap();
             resize(&project.out(), 2048 - (free >> 20) + room);
             check_full(build, "out");
@@ -121,6 +119,14 @@ fn an_output_folder_that_becomes_full_keeps_the_old_images() {
         project.run(&["build", "tiny", "--offline"]).expect(0, &["out/tiny.raw"]);
         assert_eq!(list_files(&project.out()).len(), 3);
     });
+}
+
+fn wait_until(is_so: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !is_so() {
+        assert!(began.elapsed() < Duration::from_secs(60), "the build never came so far");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// Change how many MiB a file system in memory may hold.

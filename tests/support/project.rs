@@ -206,13 +206,24 @@ fn enter_mount_namespace() {
     mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE).unwrap();
 }
 
+/// A mount of the test's own; its folder can be removed when it is dropped.
+pub struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
 /// Mount an empty file system in memory with room for so many MiB.
-pub fn mount_small(at: &Path, mebibytes: u64, read_only: bool) {
+#[must_use]
+pub fn mount_small(at: &Path, mebibytes: u64, read_only: bool) -> Mounted {
     use rustix::mount::{MountFlags, mount};
     fs::create_dir_all(at).unwrap();
     let flags = if read_only { MountFlags::RDONLY } else { MountFlags::empty() };
     let options = std::ffi::CString::new(format!("size={mebibytes}m")).unwrap();
     mount("tmpfs", at, "tmpfs", flags, options.as_c_str()).unwrap();
+    Mounted(at.to_path_buf())
 }
 
 fn repository() -> &'static Path {
