@@ -101,7 +101,7 @@ fn pack(data: &[Vec<u8>]) -> Vec<u8> {
         ("control.tar.xz", compress(&[control])),
         ("data.tar.xz", compress(data)),
     ] {
-        write!(deb, "{name:<16}{:<12}{:<6}{:<6}{:<8}{:<10}`\n", 0, 0, 0, 100_644, content.len())
+        writeln!(deb, "{name:<16}{:<12}{:<6}{:<6}{:<8}{:<10}`", 0, 0, 0, 100_644, content.len())
             .unwrap();
         deb.extend_from_slice(&content);
         deb.resize(deb.len().next_multiple_of(2), b'\n');
@@ -141,15 +141,23 @@ fn check(what: &str, data: &[Vec<u8>], expected: &str) {
 fn a_path_that_leads_out_is_refused() {
     use tar::EntryType::{Directory, Link, Regular};
     for name in ["../evil", "./usr/../../evil", "./usr/.."] {
-        check(name, &[make_entry(name, Regular, "", b"evil")], "");
+        check(
+            name,
+            &[make_entry(name, Regular, "", b"evil")],
+            &format!("{name}: a path with `..`"),
+        );
     }
     let outside = tempfile::tempdir().unwrap();
     let target = outside.path().join("secret");
     fs::write(&target, "secret").unwrap();
     let target = target.to_str().unwrap();
-    check("a hard link out", &[make_entry("./usr/evil", Link, target, b"")], "");
-    check("a hard link up", &[make_entry("./usr/evil", Link, "../../etc/passwd", b"")], "");
-    check("a folder up", &[make_entry("./../evil", Directory, "", b"")], "");
+    check("a hard link out", &[make_entry("./usr/evil", Link, target, b"")], "an absolute path");
+    check(
+        "a hard link up",
+        &[make_entry("./usr/evil", Link, "../../etc/passwd", b"")],
+        "a path with `..`",
+    );
+    check("a folder up", &[make_entry("./../evil", Directory, "", b"")], "a path with `..`");
     assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
 }
 
@@ -169,8 +177,9 @@ fn a_link_to_the_host_is_followed_inside_the_image_only() {
 #[test]
 fn a_device_is_refused() {
     use tar::EntryType::{Block, Char, Fifo};
-    for kind in [Block, Char, Fifo] {
-        check("a device", &[make_entry("./dev/mem", kind, "", b"")], "");
+    for (kind, name) in [(Block, "block device"), (Char, "character device"), (Fifo, "fifo")] {
+        let expected = format!("hello holds a {name}\n  at: ./dev/mem");
+        check(name, &[make_entry("./dev/mem", kind, "", b"")], &expected);
     }
 }
 
@@ -188,7 +197,7 @@ fn a_bomb_is_not_unpacked_further_than_it_says() {
     let sum: u32 =
         entry[..148].iter().chain(&[b' '; 8]).chain(&entry[156..512]).map(|b| u32::from(*b)).sum();
     entry[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-    check("a claimed size", &[entry], "");
+    check("a claimed size", &[entry], "the archive is cut short");
 }
 
 #[test]

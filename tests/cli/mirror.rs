@@ -130,7 +130,7 @@ fn a_vanished_package_is_an_error_when_the_lock_must_not_change() {
             "the mirror no longer has packages that the lock names",
             "stanchion.lock",
             "why: hello 1.0",
-            "run `stanchion lock`",
+            "run `stanchion lock --update hello`",
         ],
     );
     // Else the lock is solved anew, for which this mirror has nothing either.

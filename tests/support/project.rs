@@ -266,11 +266,14 @@ fn prepare_shared_store() -> Result<(), String> {
         link_files(&own.join("files"), &files);
     }
     let project = Project::tiny("");
-    let mut command = project.command(&["build", "tiny"]);
-    let ran = run({
+    let run_shared = |args: &[&str]| {
+        let mut command = project.command(args);
         command.env("XDG_CACHE_HOME", shared_store().parent().unwrap());
-        command
-    });
+        run(command)
+    };
+    // What other versions of the layers have left.
+    run_shared(&["store", "gc", "--keep", "4G"]).expect(0, &[]);
+    let ran = run_shared(&["build", "tiny"]);
     match ran.code {
         Some(0) => Ok(()),
         Some(2) => Err(format!("no build is possible here: {}", ran.stderr.replace('\n', " "))),
