@@ -172,8 +172,33 @@ pub(super) fn read_trees(
     // No account of the layer needs to be there yet.
     trees.skeleton = lay(source, skeleton, &mut Owners::default())?;
     trees.tree = lay(source, tree, owners)?;
+    check_shipped(&trees.tree, &folder.join("tree"))?;
     trees.boot = ship(lay(source, boot, owners)?, folder, name);
     Ok(trees)
+}
+
+/// Refuse what no image would hold.
+fn check_shipped(files: &[TreeFile], tree: &Path) -> Result<()> {
+    for file in files {
+        let inner = file.target.strip_prefix("/").unwrap_or(&file.target);
+        let top = inner.components().next().map(|part| part.as_os_str().to_string_lossy());
+        let help = match top.as_deref() {
+            Some("var") => {
+                "each machine begins with an empty /var: ship the file under /usr, and let a line \
+                 of type `C` in /usr/lib/tmpfiles.d copy it"
+            }
+            Some("dev" | "proc" | "run" | "sys" | "tmp") => {
+                "it is made at every boot: write a line in /usr/lib/tmpfiles.d"
+            }
+            _ => match inner.to_str() {
+                Some("etc/hostname" | "etc/machine-id") => "each machine has its own",
+                _ => continue,
+            },
+        };
+        let what = format!("`{}` is never in an image", file.target.display());
+        return Err(UserError::new(what).in_file(tree.join(inner)).help(help).into());
+    }
+    Ok(())
 }
 
 /// The entries of a directory by name, sorted.

@@ -16,7 +16,8 @@ use crate::progress::StepTime;
 #[derive(Debug, Clone)]
 pub struct Description {
     pub profile: String,
-    /// `2026.11.20-1a2b3c4d`: the day of the packages, and the start of the key.
+    /// `2026.11.20-1a2b3c4d`: the day of the lock's epoch, and the start of the key, which
+    /// tells images of one day apart and does not order them.
     pub version: String,
     /// Digest of everything that goes into the image.
     pub key: Digest,

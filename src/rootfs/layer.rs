@@ -151,7 +151,8 @@ pub fn build_packages(job: &PackagesJob, inside: &mut Inside) -> Result<Sealed> 
     }
     configured?;
     remove_file(&root.join(POLICY))?;
-    seal::seal(&job.common, inside, "packages")
+    let own: Vec<&Path> = job.skeleton.iter().filter_map(own_file).collect();
+    seal::seal(&job.common, &own, inside, "packages")
 }
 
 fn list_essential(unpacked: &[Unpacked]) -> Result<Vec<String>> {
@@ -335,7 +336,15 @@ pub fn build_files(job: &FilesJob, inside: &mut Inside) -> Result<Sealed> {
             )
         })?;
     }
-    seal::seal(&job.common, inside, "files")
+    let artifacts = job.artifacts.iter().map(|artifact| artifact.target.as_path());
+    let own: Vec<&Path> = job.files.iter().filter_map(own_file).chain(artifacts).collect();
+    seal::seal(&job.common, &own, inside, "files")
+}
+
+/// The target of what is more than a folder on the way to a file.
+fn own_file(file: &Placed) -> Option<&Path> {
+    let on_the_way = matches!(file.kind, PlacedKind::Directory { keep_existing: true });
+    (!on_the_way).then_some(file.target.as_path())
 }
 
 /// Lay files down; they are the image's own, and replace what packages brought.
@@ -358,6 +367,18 @@ fn place_file(root: &Path, walker: &mut Walker<'_>, file: &Placed) -> Result<()>
     let path = root.join(OsStr::from_bytes(&folder.path)).join(name);
     let there = fs::symlink_metadata(&path).ok();
     let (uid, gid) = accounts::find_ids(root, &file.owner, &file.group)?;
+    let is_folder = there.as_ref().is_some_and(fs::Metadata::is_dir);
+    let wants_folder = matches!(file.kind, PlacedKind::Directory { .. });
+    if there.is_some() && is_folder != wants_folder {
+        let (in_image, in_layer) =
+            if is_folder { ("a folder", "a file") } else { ("a file", "a folder") };
+        return Err(UserError::new(format!(
+            "{} is {in_image} in the image and {in_layer} in the layer",
+            file.target.display()
+        ))
+        .help("give it another path, or remove the image's in a layer below")
+        .into());
+    }
     match &file.kind {
         PlacedKind::Directory { keep_existing } => {
             match there.as_ref().is_some_and(fs::Metadata::is_dir) {

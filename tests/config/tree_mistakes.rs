@@ -165,3 +165,15 @@ fn owners_name_files_that_are_there() {
         "bad group name `post gres`\n  at: layers/a/layer.toml:3\n  help: a name has lower-case letters, digits, `_` and `-`, begins with no digit, and has at most 32",
     );
 }
+
+#[test]
+fn what_no_image_would_hold_is_refused() {
+    check(
+        &["tree/var/lib/a/x"],
+        "`/var` is never in an image\n  at: layers/a/tree/var\n  help: each machine begins with an empty /var: ship the file under /usr, and let a line of type `C` in /usr/lib/tmpfiles.d copy it",
+    );
+    check(
+        &["tree/etc/hostname"],
+        "`/etc/hostname` is never in an image\n  at: layers/a/tree/etc/hostname\n  help: each machine has its own",
+    );
+}

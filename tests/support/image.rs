@@ -1,0 +1,127 @@
+//! The real `db` image: built by the program itself over the user's own store, once for
+//! all tests that look at it, with the tools to look.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use rustix::fs::FlockOperation;
+use stanchion::command::Command;
+use stanchion::config::Project;
+use stanchion::disk::gpt::{self, Partition};
+use stanchion::disk::region::Region;
+use stanchion::error::UserError;
+use stanchion::pipeline::{FetchOptions, Manifest, Source, prepare_lock, provide_tools};
+use stanchion::progress::{Mode, Progress};
+use stanchion::sandbox::Sandbox;
+use stanchion::tools::Tools;
+
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_stanchion");
+pub const PROFILE: &str = "db";
+
+/// A finished image.
+pub struct Image {
+    pub manifest: Manifest,
+    pub raw: PathBuf,
+    /// The sets that were asked for.
+    pub tools: Vec<Tools>,
+}
+
+/// The image, and the tools of `sets`. `None`, with a line that says why, where it cannot be
+/// built: no sandbox, or packages that are neither in the store nor to be had.
+pub fn provide(sets: &[&str]) -> Option<&'static Image> {
+    static IMAGE: OnceLock<Result<Image, String>> = OnceLock::new();
+    match IMAGE.get_or_init(|| prepare(sets)) {
+        Ok(image) => Some(image),
+        Err(why) => {
+            eprintln!("skipped: {}", why.replace('\n', "; "));
+            None
+        }
+    }
+}
+
+/// The folder for what tests leave behind: on the disk with the build, never in memory.
+pub fn scratch() -> &'static Path {
+    Path::new(env!("CARGO_TARGET_TMPDIR"))
+}
+
+fn prepare(sets: &[&str]) -> Result<Image, String> {
+    // Other test programs may want the same image at the same time.
+    let turn = File::create(scratch().join("image.lock")).unwrap();
+    rustix::fs::flock(&turn, FlockOperation::LockExclusive).unwrap();
+
+    let source = Source::open(&FetchOptions::default(), &Progress::new(Mode::Quiet)).unwrap();
+    let checks = Sandbox::new(PROGRAM).probe(source.store.root());
+    if let Some(check) = checks.into_iter().find(|check| !check.ok) {
+        return Err(format!("{}: {}", check.name, check.detail));
+    }
+    // A copy, because a lock whose packages have left the mirror is renewed.
+    let folder = scratch().join("project");
+    copy_project(&folder);
+    let project = Project::find(&folder).unwrap();
+    let profile = project.load_profile(PROFILE).unwrap();
+    let fetch = || -> anyhow::Result<Vec<Tools>> {
+        let lock = prepare_lock(&project, &source, &[profile], false)?;
+        sets.iter().map(|set| provide_tools(&source, &lock, set)).collect()
+    };
+    let tools = fetch().map_err(|error| match error.downcast_ref::<UserError>() {
+        Some(missing) => missing.summary(),
+        None => panic!("{error:?}"),
+    })?;
+    drop(source);
+
+    let out = scratch().join("image");
+    let done = describe_build(&folder, &out).run();
+    done.unwrap_or_else(|error| panic!("{error:?}"));
+    let manifest = Manifest::load(&out, PROFILE).unwrap();
+    Ok(Image { manifest, raw: out.join("db.raw"), tools })
+}
+
+/// The command that builds the profile of the project in `folder`.
+pub fn describe_build(folder: &Path, out: &Path) -> Command {
+    Command::new(PROGRAM)
+        .args(["--quiet", "build", PROFILE, "--project"])
+        .arg(folder)
+        .arg("--out")
+        .arg(out)
+}
+
+/// Copy what a build reads of the repository.
+pub fn copy_project(to: &Path) {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR"));
+    if to.exists() {
+        fs::remove_dir_all(to).unwrap();
+    }
+    fs::create_dir_all(to).unwrap();
+    for name in ["layers", "profiles", "stanchion.lock"] {
+        copy_tree(&from.join(name), &to.join(name));
+    }
+}
+
+fn copy_tree(from: &Path, to: &Path) {
+    let kind = fs::symlink_metadata(from).unwrap();
+    if kind.is_symlink() {
+        std::os::unix::fs::symlink(fs::read_link(from).unwrap(), to).unwrap();
+    } else if kind.is_dir() {
+        fs::create_dir(to).unwrap();
+        for entry in fs::read_dir(from).unwrap() {
+            let name = entry.unwrap().file_name();
+            copy_tree(&from.join(&name), &to.join(&name));
+        }
+    } else {
+        fs::copy(from, to).unwrap();
+    }
+}
+
+/// The partition with this label.
+pub fn find_partition(disk: &File, label: &str) -> Partition {
+    let table = gpt::read(&Region::whole(disk).unwrap()).unwrap();
+    let mut found = table.partitions.into_iter().filter(|partition| partition.label == label);
+    found.next().unwrap_or_else(|| panic!("no partition {label}"))
+}
+
+/// The bytes of a partition.
+pub fn open_partition<'a>(disk: &'a File, label: &str) -> Region<'a> {
+    let partition = find_partition(disk, label);
+    Region::new(disk, partition.start, partition.size)
+}
