@@ -58,12 +58,7 @@ const NO_VAR: [&str; 8] = [
 
 /// Pack the upper side. `own` are the targets that the layer itself laid down: patterns of
 /// what packages bring do not concern them.
-pub fn seal(
-    common: &Common,
-    own: &[&Path],
-    inside: &mut Inside,
-    diff: &str,
-) -> Result<Sealed> {
+pub fn seal(common: &Common, own: &[&Path], inside: &mut Inside, diff: &str) -> Result<Sealed> {
     inside.say("packing")?;
     let root = inside.root()?;
     let upper = inside.spec().upper.clone().context("a layer is built on an upper side")?;
