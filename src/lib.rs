@@ -8,18 +8,21 @@ pub mod digest;
 pub mod error;
 pub mod progress;
 
-pub mod config;
 pub mod debian;
 pub mod template;
+
+pub mod config;
+
+pub mod store;
 
 pub mod fetch;
 pub mod lock;
 pub mod repository;
-pub mod store;
 
-pub mod rootfs;
 pub mod sandbox;
 pub mod tools;
+
+pub mod rootfs;
 
 pub mod disk;
 pub mod output;

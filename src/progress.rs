@@ -36,6 +36,8 @@ impl Mode {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StepTime {
     pub step: String,
+    /// Seconds from the start of the command to that of the step.
+    pub began: f64,
     pub seconds: f64,
     pub cached: bool,
     /// One line about the result; may be empty.
@@ -48,6 +50,7 @@ pub struct Progress {
     mode: Mode,
     multi: MultiProgress,
     finished: Arc<Mutex<Vec<StepTime>>>,
+    began: Instant,
 }
 
 impl Progress {
@@ -56,7 +59,7 @@ impl Progress {
         if mode != Mode::Terminal {
             multi.set_draw_target(indicatif::ProgressDrawTarget::hidden());
         }
-        Progress { mode, multi, finished: Arc::default() }
+        Progress { mode, multi, finished: Arc::default(), began: Instant::now() }
     }
 
     pub fn mode(&self) -> Mode {
@@ -162,7 +165,8 @@ impl Step {
     fn end(self, cached: bool, note: String) {
         self.bar.finish_and_clear();
         let seconds = self.began.elapsed().as_secs_f64();
-        self.progress.record(StepTime { step: self.name.clone(), seconds, cached, note });
+        let began = self.began.duration_since(self.progress.began).as_secs_f64();
+        self.progress.record(StepTime { step: self.name.clone(), began, seconds, cached, note });
     }
 }
 

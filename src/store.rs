@@ -20,6 +20,7 @@ use std::time::SystemTime;
 
 use anyhow::{Context, Result};
 use rustix::fs::{AtFlags, CWD, FlockOperation, Timespec, Timestamps, UTIME_NOW};
+use rustix::io::Errno;
 
 use crate::digest::Digest;
 use crate::error::UserError;
@@ -43,6 +44,8 @@ pub struct Freed {
 pub struct Scratch {
     path: PathBuf,
     committed: bool,
+    /// The directory, locked: a process id says nothing to those in another container.
+    _held: File,
 }
 
 impl Store {
@@ -78,9 +81,8 @@ impl Store {
             .with_context(|| format!("opening {}", path.display()))?;
         rustix::fs::flock(&lock, FlockOperation::LockShared)
             .with_context(|| format!("locking {}", path.display()))?;
-        let store = Store { root, lock: Arc::new(lock) };
-        store.sweep_tmp();
-        Ok(store)
+        sweep_scratch(&root.join("tmp"), "");
+        Ok(Store { root, lock: Arc::new(lock) })
     }
 
     pub fn root(&self) -> &Path {
@@ -92,13 +94,17 @@ impl Store {
         self.root.join("files").join(digest.to_string())
     }
 
-    pub fn has_file(&self, digest: &Digest) -> bool {
+    /// Whether the file with this content is here. One that has another size than it must
+    /// have was damaged: it is removed, to be fetched again.
+    pub fn has_file(&self, digest: &Digest, size: Option<u64>) -> bool {
         let path = self.file_path(digest);
-        let found = path.is_file();
-        if found {
-            touch(&path);
+        let Ok(metadata) = fs::metadata(&path) else { return false };
+        if size.is_some_and(|size| size != metadata.len()) {
+            let _ = remove_tree(&path);
+            return false;
         }
-        found
+        touch(&path);
+        true
     }
 
     /// Take a finished file in; the caller has checked its digest. It is renamed, so it
@@ -110,6 +116,11 @@ impl Store {
             .and_then(|()| fs::rename(file, &to))
             .with_context(|| format!("storing {}", to.display()))?;
         Ok(to)
+    }
+
+    /// Remove a file whose content is not what its name says.
+    pub fn discard_file(&self, digest: &Digest) -> Result<()> {
+        remove_tree(&self.file_path(digest))
     }
 
     /// A small fact by its name (letters, digits, `-`, `_`, `.`).
@@ -143,14 +154,18 @@ impl Store {
         Ok(to)
     }
 
+    /// Take an entry that has lost parts out of the way, so that it is made anew.
+    pub fn discard_entry(&self, step: &str, key: &Digest) -> Result<()> {
+        // What a user may not remove from outside the sandbox waits for garbage collection.
+        self.remove(&self.entry_path(step, key), &|path| {
+            let _ = remove_tree(path);
+            Ok(())
+        })
+    }
+
     /// A new empty directory on the store's file system.
     pub fn make_scratch(&self, what: &str) -> Result<Scratch> {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let n = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = self.root.join("tmp").join(format!("{}-{n}-{what}", std::process::id()));
-        remove_tree(&path)?;
-        fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
-        Ok(Scratch { path, committed: false })
+        make_scratch(&self.root.join("tmp"), "", what)
     }
 
     /// Whether no build has ever ended in it.
@@ -184,14 +199,18 @@ impl Store {
         for step in read_folder(&self.root.join("steps"))? {
             list_entries(&step, &mut entries)?;
         }
-        entries.sort_by(|a, b| a.used.cmp(&b.used));
+        entries.sort_by_key(|entry| entry.used);
         let mut total: u64 = entries.iter().map(|entry| entry.bytes).sum();
         let mut freed = Freed::default();
+        // Nobody else has the store open: what lies here was left by the dead.
+        for leftover in read_folder(&self.root.join("tmp"))? {
+            remove(&leftover)?;
+        }
         for entry in entries {
             if total <= keep {
                 break;
             }
-            remove(&entry.path)?;
+            self.remove(&entry.path, remove)?;
             total -= entry.bytes;
             freed = Freed { entries: freed.entries + 1, bytes: freed.bytes + entry.bytes };
         }
@@ -203,18 +222,15 @@ impl Store {
         self.root.join("steps").join(step).join(key.to_string())
     }
 
-    fn sweep_tmp(&self) {
-        let Ok(entries) = fs::read_dir(self.root.join("tmp")) else { return };
-        for entry in entries.flatten() {
-            let name = entry.file_name();
-            let owner = name.to_str().and_then(|name| name.split('-').next()?.parse::<i32>().ok());
-            let alive = owner
-                .and_then(rustix::process::Pid::from_raw)
-                .is_some_and(|pid| rustix::process::test_kill_process(pid).is_ok());
-            if !alive {
-                // Another command may sweep the same directory: whoever comes late is done.
-                let _ = remove_tree(&entry.path());
-            }
+    /// Remove an entry or a file: out of its place first, so that nothing half removed is
+    /// ever found there.
+    fn remove(&self, path: &Path, remove: &dyn Fn(&Path) -> Result<()>) -> Result<()> {
+        let scratch = self.make_scratch("removed")?;
+        let removed = scratch.path.join("removed");
+        match fs::rename(path, &removed) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error).with_context(|| format!("removing {}", path.display())),
+            Ok(()) => remove(&removed),
         }
     }
 }
@@ -231,6 +247,49 @@ impl Drop for Scratch {
             let _ = remove_tree(&self.path);
         }
     }
+}
+
+/// A new empty directory `<prefix><pid>-<n>-<what>` in `folder`.
+pub fn make_scratch(folder: &Path, prefix: &str, what: &str) -> Result<Scratch> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let n = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = folder.join(format!("{prefix}{}-{n}-{what}", std::process::id()));
+        match fs::create_dir(&path) {
+            // A process of this id lives in another container, or has died.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+            made => made.with_context(|| format!("making {}", path.display()))?,
+        }
+        let held = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
+        // Where there are no locks, the process id in the name has to do.
+        let _ = rustix::fs::flock(&held, FlockOperation::NonBlockingLockExclusive);
+        return Ok(Scratch { path, committed: false, _held: held });
+    }
+}
+
+/// Remove the scratch directories with this prefix that dead processes left in `folder`.
+pub fn sweep_scratch(folder: &Path, prefix: &str) {
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let owner = name.to_str().and_then(|name| {
+            let (pid, _) = name.strip_prefix(prefix)?.split_once('-')?;
+            rustix::process::Pid::from_raw(pid.parse().ok()?)
+        });
+        if owner.is_some_and(|owner| !is_in_use(&entry.path(), owner)) {
+            // Another command may sweep the same directory: whoever comes late is done.
+            let _ = remove_tree(&entry.path());
+        }
+    }
+}
+
+fn is_in_use(scratch: &Path, owner: rustix::process::Pid) -> bool {
+    // Any other answer than this one means that there is such a process.
+    if rustix::process::test_kill_process(owner) != Err(Errno::SRCH) {
+        return true;
+    }
+    let Ok(folder) = File::open(scratch) else { return false };
+    rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK)
 }
 
 /// Bytes that an ordinary user can still write on the file system of `path`.
@@ -373,5 +432,60 @@ mod tests {
         Store::open(dir.path()).unwrap();
         assert!(!dead.exists());
         assert!(live.path().exists());
+    }
+
+    #[test]
+    fn work_of_a_process_that_only_its_lock_shows_to_live_is_not_swept() {
+        let dir = tempfile::tempdir().unwrap();
+        // As from another container: the process id means nothing here.
+        let foreign = dir.path().join("999999999-0-x");
+        fs::create_dir(&foreign).unwrap();
+        let held = File::open(&foreign).unwrap();
+        rustix::fs::flock(&held, FlockOperation::LockExclusive).unwrap();
+        sweep_scratch(dir.path(), "");
+        assert!(foreign.exists());
+        drop(held);
+        sweep_scratch(dir.path(), ".other-");
+        assert!(foreign.exists());
+        sweep_scratch(dir.path(), "");
+        assert!(!foreign.exists());
+    }
+
+    #[test]
+    fn a_file_of_another_size_than_it_must_have_is_not_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let digest = Digest::of(b"whole");
+        fs::write(store.file_path(&digest), "whole").unwrap();
+        assert!(store.has_file(&digest, None) && store.has_file(&digest, Some(5)));
+        fs::write(store.file_path(&digest), "who").unwrap();
+        assert!(!store.has_file(&digest, Some(5)));
+        assert!(!store.has_file(&digest, None));
+    }
+
+    #[test]
+    fn garbage_collection_clears_work_that_was_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let kept = dir.path().join("tmp/1-0-x");
+        fs::create_dir_all(kept.join("below")).unwrap();
+        store.collect_garbage(u64::MAX, &|path| remove_tree(path)).unwrap();
+        assert!(!kept.exists());
+    }
+
+    #[test]
+    fn a_discarded_entry_can_be_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let key = Digest::of(b"key");
+        for _ in 0..2 {
+            let scratch = store.make_scratch("test").unwrap();
+            fs::write(scratch.path().join("a"), "1").unwrap();
+            store.commit_entry("step", &key, scratch).unwrap();
+            store.discard_entry("step", &key).unwrap();
+            assert!(store.find_entry("step", &key).is_none());
+        }
+        store.discard_entry("step", &key).unwrap();
+        assert_eq!(fs::read_dir(dir.path().join("tmp")).unwrap().count(), 0);
     }
 }

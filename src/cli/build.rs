@@ -83,11 +83,15 @@ fn report(context: &Context, built: &pipeline::Built) {
         return;
     }
     for output in &built.outputs {
+        let digest = match (output.sha256, output.tree) {
+            (Some(sha256), _) => format!(", sha256 {}", sha256.short()),
+            (None, Some(tree)) => format!(", hash tree {}", tree.short()),
+            (None, None) => String::new(),
+        };
         context.progress.note(&format!(
-            "{}  {} on disk, sha256 {}",
+            "{}  {} on disk{digest}",
             output.path.display(),
             format_bytes(output.allocated),
-            output.sha256.short(),
         ));
     }
     let how = if built.cached { ", nothing had changed" } else { "" };

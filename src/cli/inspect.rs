@@ -3,21 +3,56 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 use super::Context;
-use crate::output::inspect;
+use crate::error::UserError;
+use crate::lock::Lock;
+use crate::output::inspect::{self, Report, Unpacker};
+use crate::pipeline::{self, FetchOptions, Source};
 use crate::progress::print_line;
+use crate::tools::set;
 
 /// Show what an image is, from the image itself
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example: stanchion inspect out/db.raw")]
+#[command(after_help = "Examples:
+  stanchion inspect out/db.raw
+  stanchion inspect out/db.qcow2       unpacked with tools that the project's lock names")]
 pub struct Args {
     image: PathBuf,
 }
 
 pub fn run(context: &Context, args: Args) -> Result<()> {
-    let report = inspect::inspect(&args.image, None)?;
+    let report = match inspect::needs_unpacker(&args.image)? {
+        true => unpack_and_inspect(context, &args.image)?,
+        false => inspect::inspect(&args.image, None)?,
+    };
     match context.json {
         true => print_line(&serde_json::to_string(&report)?),
         false => print_line(report.to_string().trim_end()),
     }
-    Ok(())
+    match report.problems.len() {
+        0 => Ok(()),
+        n => Err(UserError::new(format!("the image has {n} problems"))
+            .in_file(args.image)
+            .why(report.problems.join("\n"))
+            .into()),
+    }
+}
+
+fn unpack_and_inspect(context: &Context, image: &std::path::Path) -> Result<Report> {
+    let missing = |why: String| {
+        UserError::new("the tools that unpack this image are not known here")
+            .in_file(image)
+            .why(why)
+            .help("run this in a project that has a lock, or name it with --project DIR; or give the raw image")
+    };
+    let project = context.find_project().map_err(|error| {
+        missing(error.to_string().lines().next().unwrap_or_default().to_string())
+    })?;
+    let path = pipeline::lock_path(&project);
+    let lock = Lock::load(&path)?
+        .filter(|lock| lock.sets.iter().any(|locked| locked.name == set::BUILD))
+        .ok_or_else(|| missing(format!("{} holds no tools", path.display())))?;
+    let source = Source::open(&FetchOptions::default(), &context.progress)?;
+    let tools = pipeline::provide_tools(&source, &lock, set::BUILD)?;
+    let scratch = source.store.make_scratch("inspect")?;
+    inspect::inspect(image, Some(Unpacker { tools: &tools, folder: scratch.path() }))
 }

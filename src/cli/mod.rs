@@ -20,7 +20,12 @@ use crate::progress::{Mode, Progress, print_line};
 
 /// Build immutable appliance images that form a highly available NetBox by themselves.
 #[derive(Debug, Parser)]
-#[command(name = "stanchion", version, propagate_version = true)]
+#[command(
+    name = "stanchion",
+    version,
+    propagate_version = true,
+    after_help = "Example: stanchion build db"
+)]
 pub struct Cli {
     /// Directory with `profiles/` and `layers/` (default: this one, or the nearest above)
     #[arg(long, global = true, value_name = "DIR")]

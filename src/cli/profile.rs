@@ -5,6 +5,9 @@ use crate::progress::print_line;
 
 /// List profiles, or show one as it is resolved
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  stanchion profile list
+  stanchion profile show db")]
 pub struct Args {
     #[command(subcommand)]
     verb: Verb,
@@ -25,7 +28,16 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
     match args.verb {
         Verb::List => {
             for name in project.list_profiles()? {
-                print_line(&format!("{name:<12} {}", project.load_profile(&name)?.description));
+                let description = project.load_profile(&name)?.description;
+                match context.json {
+                    true => print_line(
+                        &serde_json::json!({
+                            "event": "profile", "name": name, "description": description
+                        })
+                        .to_string(),
+                    ),
+                    false => print_line(&format!("{name:<12} {description}")),
+                }
             }
         }
         Verb::Show { name } => {

@@ -7,6 +7,9 @@ use crate::store::Store;
 
 /// Look after the cache of downloads and layers
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  stanchion store gc --keep 20G
+  du -sh $(stanchion store path)")]
 pub struct Args {
     #[command(subcommand)]
     verb: Verb,
@@ -45,6 +48,10 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
                 ));
             }
         }
+        Verb::Path if context.json => {
+            let path = store.root().display().to_string();
+            print_line(&serde_json::json!({ "event": "store", "path": path }).to_string());
+        }
         Verb::Path => print_line(&store.root().display().to_string()),
     }
     Ok(())
@@ -53,6 +60,8 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
 fn parse_size(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
     let factor: u64 = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        // Nothing is nothing in any unit.
+        "" if digits == "0" => 1,
         "K" => 1_000,
         "M" => 1_000_000,
         "G" => 1_000_000_000,

@@ -56,51 +56,60 @@ pub(super) fn check_text(source: &Source, key: &str, text: &Text) -> Result<Stri
 }
 
 /// `name` or `name=version` (Debian policy 5.6.1 and 5.6.12).
-/// `name` or `name (= version)`, as in a package's own Provides.
-pub(super) fn check_provided(source: &Source, text: &Text) -> Result<String> {
-    let provided = text.get_ref();
-    let name = provided.split(' ').next().unwrap_or_default();
-    let version = provided[name.len()..].trim_start();
-    let is_version = version.is_empty() || (version.starts_with("(= ") && version.ends_with(')'));
-    let plain = |b: u8| b.is_ascii_alphanumeric() || b"+-.~:()= ".contains(&b);
-    let is_name = name.len() >= 2
-        && name
-            .bytes()
-            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b));
-    if is_name && is_version && provided.bytes().all(plain) {
-        return Ok(provided.clone());
-    }
-    let error = source.error(text.span(), format!("bad provided package {}", quote(provided)));
-    Err(error.help("write `name` or `name (= version)`").into())
-}
-
 pub(super) fn check_package(source: &Source, text: &Text) -> Result<(String, Option<String>)> {
     let (name, version) = match text.get_ref().split_once('=') {
         Some((name, version)) => (name, Some(version)),
         None => (text.get_ref().as_str(), None),
     };
-    let is_first = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
-    let is_name = name.len() >= 2
-        && name.bytes().next().is_some_and(is_first)
-        && name.bytes().all(|b| is_first(b) || b"+-.".contains(&b));
-    if !is_name {
+    if !is_package_name(name) {
         let error = source.error(text.span(), format!("bad package name {}", quote(name)));
         let help = "a Debian package name has lower-case letters, digits, `+`, `-` and `.`; \
                     a version follows `=`, and there is no architecture";
         return Err(error.help(help).into());
     }
-    let is_version = |version: &str| {
-        version.starts_with(|c: char| c.is_ascii_digit())
-            && version.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.~:".contains(&b))
-    };
     match version {
-        Some(version) if !is_version(version) => {
+        Some(version) if !is_package_version(version) => {
             let what = format!("bad version {} of the package `{name}`", quote(version));
             let help = "a Debian version begins with a digit, such as `17.4-1` or `1:9.0~rc1-2`";
             Err(source.error(text.span(), what).help(help).into())
         }
         version => Ok((name.to_string(), version.map(str::to_string))),
     }
+}
+
+/// `name` or `name (= version)`, as in a package's own Provides (Debian policy 7.5).
+pub(super) fn check_provided(source: &Source, text: &Text) -> Result<String> {
+    let provided = text.get_ref();
+    let is_fine = match provided.split_once(' ') {
+        Some((name, constraint)) => {
+            let version = constraint.strip_prefix("(= ").and_then(|rest| rest.strip_suffix(')'));
+            is_package_name(name) && version.is_some_and(is_package_version)
+        }
+        None => is_package_name(provided),
+    };
+    if is_fine {
+        return Ok(provided.clone());
+    }
+    let error = source.error(text.span(), format!("bad provided package {}", quote(provided)));
+    Err(error.help("write `name` or `name (= version)`, such as `locales (= 2.41-12)`").into())
+}
+
+fn is_package_name(name: &str) -> bool {
+    let is_first = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    name.len() >= 2
+        && name.bytes().next().is_some_and(is_first)
+        && name.bytes().all(|b| is_first(b) || b"+-.".contains(&b))
+}
+
+/// `[epoch:]upstream[-revision]`, deb-version(7).
+fn is_package_version(version: &str) -> bool {
+    let (epoch, rest) = version.split_once(':').unwrap_or(("0", version));
+    // dpkg keeps the epoch in a C int.
+    matches!(epoch.len(), 1..=9)
+        && epoch.bytes().all(|b| b.is_ascii_digit())
+        && rest.starts_with(|c: char| c.is_ascii_digit())
+        && rest.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.~".contains(&b))
+        && !rest.ends_with('-')
 }
 
 /// A systemd unit name, systemd.unit(5).
@@ -358,6 +367,13 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn every_version_that_is_accepted_is_one_to_dpkg(text in "[0-9a-z.:~+-]{0,8}") {
+            if is_package_version(&text) {
+                prop_assert!(text.parse::<crate::debian::version::Version>().is_ok());
+            }
+        }
+
         #[test]
         fn every_size_that_is_read_was_written_so(text in "[0-9]{1,6}[KMGT]i?B?|.{0,9}") {
             if let Some(size) = parse_size(&text) {

@@ -13,7 +13,7 @@ use super::check::{
     check_package, check_path, check_pattern, check_provided, check_text, check_unique, check_unit,
     check_url, check_variables,
 };
-use super::raw::{RawArtifact, RawInitrd, RawLayer, RawOwner, RawUnits, RawUser, Text};
+use super::raw::{RawArtifact, RawGroup, RawInitrd, RawLayer, RawOwner, RawUnits, RawUser, Text};
 use super::source::Source;
 use super::tree::{Owners, Ownership, TreeFile, read_trees};
 use crate::digest::Digest;
@@ -142,6 +142,7 @@ pub(super) struct Loaded {
     pub file: PathBuf,
     pub requires: Vec<usize>,
     pub users: Vec<usize>,
+    pub groups: Vec<usize>,
     pub artifacts: Vec<usize>,
     pub initrd: usize,
 }
@@ -160,6 +161,7 @@ pub(super) fn load_layer(root: &Path, name: &str) -> Result<Loaded> {
         file: source.path().to_owned(),
         requires: lines(raw.requires.iter().map(|text| text.span().start).collect()),
         users: lines(raw.user.iter().map(|user| user.name.span().start).collect()),
+        groups: lines(raw.group.iter().map(|group| group.name.span().start).collect()),
         artifacts: lines(raw.artifact.iter().map(|item| item.name.span().start).collect()),
         initrd: raw.initrd.as_ref().map_or(1, |initrd| source.line(initrd.span().start)),
         layer: check_layer(&source, name, raw, root, &folder)?,
@@ -187,7 +189,7 @@ fn check_layer(
         description: check_text(source, "description", &raw.description)?,
         requires,
         packages: check_packages(source, &raw.packages)?,
-        provides: check_all(&raw.provides, &|text| check_provided(source, text))?,
+        provides: check_provides(source, &raw.provides)?,
         recommends: raw.recommends,
         exclude: check_all(&raw.exclude, &|text| check_pattern(source, "exclude", text))?,
         commands: check_all(&raw.commands, &|text| check_text(source, "commands", text))?,
@@ -203,14 +205,7 @@ fn check_layer(
             .collect::<Result<_>>()?,
         artifacts,
         users: check_users(source, &raw.user)?,
-        groups: raw
-            .group
-            .iter()
-            .map(|raw| {
-                let name = check_account(source, "group", &raw.name)?;
-                Ok(Group { name, id: check_id(source, "group", &raw.id)? })
-            })
-            .collect::<Result<_>>()?,
+        groups: check_groups(source, &raw.group)?,
         variables: check_variables(source, raw.variables)?,
         initrd: initrd.map(|initrd| Initrd { files: trees.initrd, ..initrd }),
         skeleton: trees.skeleton,
@@ -241,6 +236,16 @@ fn check_packages(source: &Source, texts: &[Text]) -> Result<Vec<PackageWish>> {
     let names = wishes.iter().zip(texts).map(|(wish, text)| (wish.name.as_str(), text.span()));
     check_unique(source, "package", names)?;
     Ok(wishes)
+}
+
+fn check_provides(source: &Source, texts: &[Text]) -> Result<Vec<String>> {
+    let provides =
+        texts.iter().map(|text| check_provided(source, text)).collect::<Result<Vec<_>>>()?;
+    let name = |provided: &'_ String| provided.split(' ').next().unwrap_or_default().to_string();
+    let names: Vec<String> = provides.iter().map(name).collect();
+    let pairs = names.iter().zip(texts).map(|(name, text)| (name.as_str(), text.span()));
+    check_unique(source, "provided package", pairs)?;
+    Ok(provides)
 }
 
 fn check_artifacts(source: &Source, raw: &[RawArtifact]) -> Result<Vec<Artifact>> {
@@ -285,6 +290,15 @@ fn check_users(source: &Source, raw: &[RawUser]) -> Result<Vec<User>> {
                     .map(|group| check_account(source, "group", group))
                     .collect::<Result<_>>()?,
             })
+        })
+        .collect()
+}
+
+fn check_groups(source: &Source, raw: &[RawGroup]) -> Result<Vec<Group>> {
+    raw.iter()
+        .map(|raw| {
+            let name = check_account(source, "group", &raw.name)?;
+            Ok(Group { name, id: check_id(source, "group", &raw.id)? })
         })
         .collect()
 }

@@ -98,19 +98,32 @@ fn explain_cycle(names: &[&str], again: &str, (file, line): (PathBuf, usize)) ->
         .help("remove one of them from `requires`")
 }
 
-/// No two users of an image share a name or an id.
+/// No two accounts of an image share a name or an id; a user brings a group of its own.
 fn check_ids(placed: &[Loaded]) -> Result<()> {
     let mut names = BTreeMap::new();
     let mut ids = BTreeMap::new();
     for loaded in placed {
-        for (user, line) in loaded.layer.users.iter().zip(&loaded.users) {
-            if let Some(first) = names.insert(user.name.as_str(), (loaded, *line)) {
-                let what = format!("the user `{}` is there twice", user.name);
-                return Err(explain_twice(what, (loaded, *line), first).into());
+        let layer = &loaded.layer;
+        let users = layer.users.iter().map(|user| ("user", &user.name, user.id));
+        let groups = layer.groups.iter().map(|group| ("group", &group.name, group.id));
+        let accounts = users.zip(&loaded.users).chain(groups.zip(&loaded.groups));
+        for ((kind, name, id), line) in accounts {
+            let place = (loaded, *line);
+            if let Some((other, first)) = names.insert(name, (kind, place)) {
+                let what = match kind == other {
+                    true => format!("the {kind} `{name}` is there twice"),
+                    false => {
+                        format!("`{name}` is both a user, which brings its group, and a group")
+                    }
+                };
+                return Err(explain_twice(what, place, first).into());
             }
-            if let Some(first) = ids.insert(user.id, (loaded, *line)) {
-                let what = format!("two users have the id {}", user.id);
-                return Err(explain_twice(what, (loaded, *line), first).into());
+            if let Some((other, first)) = ids.insert(id, (kind, place)) {
+                let what = match kind == other {
+                    true => format!("two {kind}s have the id {id}"),
+                    false => format!("a user, and so its group, and a group have the id {id}"),
+                };
+                return Err(explain_twice(what, place, first).into());
             }
         }
     }

@@ -1,4 +1,4 @@
-//! The folders beside `layer.toml`: `tree/`, `boot/` and `initrd/`.
+//! The folders beside `layer.toml`: `tree/`, `skeleton/`, `boot/` and `initrd/`.
 
 use std::collections::BTreeMap;
 use std::fs::{self, Metadata};
@@ -15,7 +15,7 @@ use super::source::{Source, quote};
 use crate::error::{UserError, find_nearest};
 
 /// What may stand in a layer's folder.
-const ENTRIES: [&str; 5] = ["layer.toml", "tree", "boot", "initrd", "skeleton"];
+const ENTRIES: [&str; 5] = ["layer.toml", "tree", "skeleton", "boot", "initrd"];
 /// Where the agent can write: the rest of the root is read-only.
 const BOOT_FOLDERS: [&str; 3] = ["etc", "run", "var"];
 /// Where an image holds what the agent renders at boot.
@@ -132,7 +132,7 @@ pub(super) fn read_trees(
     has_initrd: bool,
 ) -> Result<Trees> {
     let mut trees = Trees::default();
-    let (mut tree, mut boot) = (Entries::new(), Entries::new());
+    let (mut tree, mut skeleton, mut boot) = (Entries::new(), Entries::new(), Entries::new());
     for (entry, metadata) in list(root, folder)? {
         let path = folder.join(&entry);
         if !ENTRIES.contains(&entry.as_str()) {
@@ -153,11 +153,8 @@ pub(super) fn read_trees(
         }
         match entry.as_str() {
             "tree" => tree = read_tree(root, &path)?,
+            "skeleton" => skeleton = read_tree(root, &path)?,
             "boot" => boot = read_tree(root, &path)?,
-            "skeleton" => {
-                let entries = read_tree(root, &path)?;
-                trees.skeleton = lay(source, entries, &mut Owners::default())?;
-            }
             _ if !has_initrd => {
                 let error = UserError::new("`initrd/` without `[initrd]`").in_file(path);
                 let help = format!("write `[initrd]` into {}", source.path().display());
@@ -169,10 +166,39 @@ pub(super) fn read_trees(
             }
         }
     }
-    check_boot(&tree, &boot)?;
+    check_boot(&boot)?;
+    check_apart(&tree, &skeleton)?;
+    check_apart(&tree, &boot)?;
+    // No account of the layer needs to be there yet.
+    trees.skeleton = lay(source, skeleton, &mut Owners::default())?;
     trees.tree = lay(source, tree, owners)?;
+    check_shipped(&trees.tree, &folder.join("tree"))?;
     trees.boot = ship(lay(source, boot, owners)?, folder, name);
     Ok(trees)
+}
+
+/// Refuse what no image would hold.
+fn check_shipped(files: &[TreeFile], tree: &Path) -> Result<()> {
+    for file in files {
+        let inner = file.target.strip_prefix("/").unwrap_or(&file.target);
+        let top = inner.components().next().map(|part| part.as_os_str().to_string_lossy());
+        let help = match top.as_deref() {
+            Some("var") => {
+                "each machine begins with an empty /var: ship the file under /usr, and let a line \
+                 of type `C` in /usr/lib/tmpfiles.d copy it"
+            }
+            Some("dev" | "proc" | "run" | "sys" | "tmp") => {
+                "it is made at every boot: write a line in /usr/lib/tmpfiles.d"
+            }
+            _ => match inner.to_str() {
+                Some("etc/hostname" | "etc/machine-id") => "each machine has its own",
+                _ => continue,
+            },
+        };
+        let what = format!("`{}` is never in an image", file.target.display());
+        return Err(UserError::new(what).in_file(tree.join(inner)).help(help).into());
+    }
+    Ok(())
 }
 
 /// The entries of a directory by name, sorted.
@@ -275,8 +301,8 @@ fn explain_doubled(target: &str, entry: &Entry, other: &Entry) -> UserError {
         .help("keep one of them")
 }
 
-/// What `boot/` may hold: files where the agent can write, that `tree/` does not hold.
-fn check_boot(tree: &Entries, boot: &Entries) -> Result<()> {
+/// What `boot/` may hold: files where the agent can write.
+fn check_boot(boot: &Entries) -> Result<()> {
     for (target, entry) in boot {
         let first = target.split('/').next().unwrap_or_default();
         if !BOOT_FOLDERS.contains(&first) {
@@ -286,10 +312,17 @@ fn check_boot(tree: &Entries, boot: &Entries) -> Result<()> {
                 .help("move it to `tree/`, to be laid when the image is built")
                 .into());
         }
+    }
+    Ok(())
+}
+
+/// Two folders of a layer share nothing but directories.
+fn check_apart(tree: &Entries, other: &Entries) -> Result<()> {
+    for (target, entry) in other {
         match tree.get(target) {
             Some(Entry { found: Found::Directory, .. })
                 if matches!(entry.found, Found::Directory) => {}
-            Some(other) => return Err(explain_doubled(target, entry, other).into()),
+            Some(first) => return Err(explain_doubled(target, entry, first).into()),
             None => {}
         }
     }

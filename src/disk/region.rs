@@ -7,6 +7,8 @@ use std::os::unix::fs::FileExt;
 use anyhow::{Context, Result, ensure};
 use rustix::io::Errno;
 
+use crate::digest::{Digest, Hasher};
+
 /// `length` bytes of `file` from `start`. Reads and writes stay inside.
 #[derive(Debug)]
 pub struct Region<'a> {
@@ -87,6 +89,31 @@ pub fn find_data(file: &File, from: u64, end: u64) -> Result<Option<(u64, u64)>>
     Ok(Some((start, stop.min(end))))
 }
 
+/// SHA-256 of a whole file, as sha256sum(1) gives it, without reading the holes. Zeros are
+/// hashed like other bytes, so that a large disk still takes seconds.
+pub fn hash_sparse(file: &File) -> Result<Digest> {
+    const PIECE: usize = 1 << 18;
+    let length = file.metadata().context("asking for the length of a file")?.len();
+    let mut hasher = Hasher::new();
+    let mut buffer = vec![0; PIECE];
+    let zeros = vec![0; PIECE];
+    while hasher.written() < length {
+        let position = hasher.written();
+        let (start, end) = find_data(file, position, length)?.unwrap_or((length, length));
+        while hasher.written() < start {
+            let left = start - hasher.written();
+            hasher.update(&zeros[..left.min(PIECE as u64) as usize]);
+        }
+        while hasher.written() < end {
+            let left = end - hasher.written();
+            let piece = &mut buffer[..left.min(PIECE as u64) as usize];
+            file.read_exact_at(piece, hasher.written()).context("reading a file to hash")?;
+            hasher.update(piece);
+        }
+    }
+    Ok(hasher.finish())
+}
+
 /// copy_file_range(2), which shares the blocks where the file system can, else by hand.
 fn copy_range(from: &File, mut at: u64, to: &File, mut target: u64, mut left: u64) -> Result<()> {
     let mut by_hand = false;
@@ -133,6 +160,21 @@ mod tests {
         region.write_at(3, b"x").unwrap();
         assert!(region.part(u64::MAX, 2).is_err());
         assert_eq!(Region::whole(&file).unwrap().read_at(0, 10).unwrap(), b"01234x6789");
+    }
+
+    #[test]
+    fn a_sparse_file_hashes_as_its_bytes_do() {
+        let file = tempfile::tempfile().unwrap();
+        for (length, data) in [(0, None), (5 << 20, None), (5 << 20, Some(3)), (9 << 20, Some(8))] {
+            file.set_len(0).unwrap();
+            file.set_len(length).unwrap();
+            if let Some(at) = data {
+                file.write_all_at(b"data", (at << 20) + 77).unwrap();
+            }
+            let mut bytes = vec![0; length as usize];
+            file.read_exact_at(&mut bytes, 0).unwrap();
+            assert_eq!(hash_sparse(&file).unwrap(), Digest::of(&bytes), "{length}");
+        }
     }
 
     #[test]

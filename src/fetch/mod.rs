@@ -115,7 +115,7 @@ impl Fetcher {
     ) -> Result<Vec<PathBuf>> {
         let missing: BTreeMap<Digest, &Download> = downloads
             .iter()
-            .filter(|download| !store.has_file(&download.digest))
+            .filter(|download| !store.has_file(&download.digest, download.size))
             .map(|download| (download.digest, download))
             .collect();
         if !missing.is_empty() {
@@ -226,7 +226,7 @@ async fn fetch_one(
         }
     };
     let Some(mut partial) =
-        Partial::open(store, download.digest, wait).await.map_err(Failure::Local)?
+        Partial::open(store, download.digest, download.size, wait).await.map_err(Failure::Local)?
     else {
         meter.set(download.size.unwrap_or_default());
         return Ok(());

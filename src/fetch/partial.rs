@@ -65,6 +65,7 @@ impl Partial {
     pub(super) async fn open(
         store: &Store,
         digest: Digest,
+        size: Option<u64>,
         wait: impl FnOnce(),
     ) -> Result<Option<Self>> {
         let folder = store.root().join("partial");
@@ -72,7 +73,7 @@ impl Partial {
         let path = folder.join(digest.to_string());
         let mut wait = Some(wait);
         loop {
-            if store.has_file(&digest) {
+            if store.has_file(&digest, size) {
                 return Ok(None);
             }
             let file = OpenOptions::new()
@@ -84,7 +85,7 @@ impl Partial {
                 .map_err(|error| explain_write(error, &path))?;
             match file.try_lock() {
                 // It may have been moved into the store between the opening and the lock.
-                Ok(()) if is_same(&file, &path) && !store.has_file(&digest) => {
+                Ok(()) if is_same(&file, &path) && !store.has_file(&digest, size) => {
                     return Ok(Some(Partial {
                         file,
                         path,

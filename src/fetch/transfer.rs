@@ -304,7 +304,7 @@ fn explain_unreachable(url: &Url, why: &str, tries: u32) -> UserError {
 fn explain_wrong(url: &Url, why: &str) -> UserError {
     UserError::new(format!("{} is not the file that it should be", show(url)))
         .why(why)
-        .help("the mirror may be in the middle of an update: try again later, or give another one (--mirror URL)")
+        .help("the place may be in the middle of an update: try again later; else give another mirror (--mirror URL), or mend the `url` and `sha256` of an artifact")
 }
 
 /// The URL without its password.

@@ -21,6 +21,7 @@ use crate::disk::gpt::{self, Partition};
 use crate::disk::guid::Guid;
 use crate::disk::region::Region;
 use crate::disk::{uki, verity};
+use crate::error::UserError;
 use crate::store::remove_tree;
 use crate::tools::Tools;
 
@@ -93,21 +94,39 @@ pub struct Unpacker<'a> {
     pub folder: &'a Path,
 }
 
+/// Whether [`inspect`] needs an unpacker for this image.
+pub fn needs_unpacker(path: &Path) -> Result<bool> {
+    File::open(path)
+        .map_err(Into::into)
+        .and_then(|file| is_qcow2(&file))
+        .map_err(|error| explain_unreadable(path, &error).into())
+}
+
 /// Read an image. A qcow2 image needs an unpacker.
+///
+/// # Errors
+/// A [`UserError`] for what is no image at all; what is wrong in one is in the report.
 pub fn inspect(path: &Path, unpacker: Option<Unpacker>) -> Result<Report> {
-    let inspect = || {
-        let file = File::open(path)?;
-        if !is_qcow2(&file)? {
-            return inspect_raw(&file, "raw");
-        }
-        let Unpacker { tools, folder } = unpacker.context("a qcow2 image has to be unpacked")?;
-        let raw = folder.join(format!("inspect-{}.raw", std::process::id()));
-        let report = qcow2::unpack(tools, path, &raw)
-            .and_then(|()| inspect_raw(&File::open(&raw)?, "qcow2"));
-        remove_tree(&raw)?;
-        report
-    };
-    inspect().with_context(|| format!("inspecting {}", path.display()))
+    if !needs_unpacker(path)? {
+        return File::open(path)
+            .map_err(Into::into)
+            .and_then(|file| inspect_raw(&file, "raw"))
+            .map_err(|error| explain_unreadable(path, &error).into());
+    }
+    let Unpacker { tools, folder } = unpacker.context("a qcow2 image has to be unpacked")?;
+    let raw = folder.join(format!("inspect-{}.raw", std::process::id()));
+    let report = qcow2::unpack(tools, path, &raw)
+        .and_then(|()| inspect_raw(&File::open(&raw)?, "qcow2"))
+        .map_err(|error| explain_unreadable(path, &error).into());
+    remove_tree(&raw)?;
+    report
+}
+
+fn explain_unreadable(path: &Path, error: &anyhow::Error) -> UserError {
+    UserError::new("this is no image that can be read")
+        .in_file(path)
+        .why(format!("{error:#}"))
+        .help("give a whole raw or qcow2 image, as `stanchion build` makes them")
 }
 
 fn is_qcow2(mut file: &File) -> Result<bool> {

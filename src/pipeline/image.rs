@@ -9,6 +9,7 @@ use super::layers::Diff;
 use super::manifest::Description;
 use super::sets;
 use super::source::{self, Source};
+use super::templates;
 use super::unpacked::{add_packages, unpack};
 use crate::config::layer::Layer;
 use crate::config::profile::Profile;
@@ -56,6 +57,9 @@ impl ImageBuilder<'_> {
         });
         for file in &config.files {
             let content = match &file.kind {
+                TreeKind::File { source, template: true } => {
+                    Digest::of(templates::render(profile, source)?.as_bytes())
+                }
                 TreeKind::File { source, .. } => Digest::of_file(&profile.root.join(source))?,
                 TreeKind::Symlink(to) => Digest::of(to.as_bytes()),
                 TreeKind::Directory { .. } => Digest::of(b""),
@@ -65,8 +69,12 @@ impl ImageBuilder<'_> {
         let digest = key.digest();
         let step = self.source.progress.begin("initrd");
         if let Some(entry) = self.source.store.find_entry("initrd", &digest) {
-            step.finish_cached("");
-            return Ok((entry.join("initrd.cpio.zst"), digest));
+            let archive = entry.join("initrd.cpio.zst");
+            if archive.is_file() {
+                step.finish_cached("");
+                return Ok((archive, digest));
+            }
+            self.source.store.discard_entry("initrd", &digest)?;
         }
         let scratch = self.source.store.make_scratch("initrd")?;
         let root = scratch.path().join("root");
@@ -74,7 +82,7 @@ impl ImageBuilder<'_> {
         let debs = source::fetch_set(self.source, self.lock, &set)?;
         unpack(self.source, self.lock, &set, &debs, &root)?;
         initrd::finish_tree(&root)?;
-        lay_files(&profile.root, &config.files, &root)?;
+        lay_files(profile, &config.files, &root)?;
         initrd::install_modules(self.tools, &kernel.tree, &config.modules, &root)?;
         let archive = scratch.path().join("initrd.cpio.zst");
         initrd::write_archive(&root, self.lock.epoch, &archive)?;
@@ -272,11 +280,11 @@ fn find_kernel<'a>(diffs: &'a [Diff], layer: &Layer) -> Result<&'a Diff> {
 }
 
 /// Lay the layer's `initrd/` files over the tree; everything in an initrd is root's.
-fn lay_files(project: &Path, files: &[TreeFile], root: &Path) -> Result<()> {
+fn lay_files(profile: &Profile, files: &[TreeFile], root: &Path) -> Result<()> {
     use std::os::unix::fs::{PermissionsExt, symlink};
     for file in files {
         let path = root.join(file.target.strip_prefix("/").unwrap_or(&file.target));
-        let lay = || -> std::io::Result<()> {
+        let lay = || -> Result<()> {
             if let Some(folder) = path.parent() {
                 fs::create_dir_all(folder)?;
             }
@@ -284,13 +292,17 @@ fn lay_files(project: &Path, files: &[TreeFile], root: &Path) -> Result<()> {
                 fs::remove_file(&path)?;
             }
             match &file.kind {
-                TreeKind::File { source, .. } => {
-                    fs::copy(project.join(source), &path)?;
-                    fs::set_permissions(&path, fs::Permissions::from_mode(file.mode))
+                TreeKind::File { source, template } => {
+                    match template {
+                        true => fs::write(&path, templates::render(profile, source)?)?,
+                        false => drop(fs::copy(profile.root.join(source), &path)?),
+                    }
+                    fs::set_permissions(&path, fs::Permissions::from_mode(file.mode))?;
                 }
-                TreeKind::Symlink(to) => symlink(to, &path),
-                TreeKind::Directory { .. } => fs::create_dir_all(&path),
+                TreeKind::Symlink(to) => symlink(to, &path)?,
+                TreeKind::Directory { .. } => fs::create_dir_all(&path)?,
             }
+            Ok(())
         };
         lay().with_context(|| format!("laying {} into the initrd", file.target.display()))?;
     }

@@ -4,12 +4,13 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::sets;
 use super::source::Source;
+use super::templates;
 use super::unpacked::add_packages;
 use crate::config::layer::Layer;
 use crate::config::profile::Profile;
@@ -24,7 +25,6 @@ use crate::rootfs::layer::{
 };
 use crate::sandbox::{Sandbox, Spec};
 use crate::store::Scratch;
-use crate::template;
 use crate::tools::Tools;
 
 /// Raised when a step would make other bytes from the same inputs.
@@ -116,17 +116,10 @@ impl LayerBuilder<'_> {
         layer.provides.iter().for_each(|name| {
             key.add("provides", name);
         });
-        let variables = serde_json::to_value(&profile.variables)?;
-        self.place(profile, &layer.skeleton, &variables, None, &mut key)?;
+        place(profile, &layer.skeleton, None, &mut key)?;
 
         self.provide(layer, "packages", key, below, |scratch| {
-            let skeleton = self.place(
-                profile,
-                &layer.skeleton,
-                &variables,
-                Some(scratch),
-                &mut Key::default(),
-            )?;
+            let skeleton = place(profile, &layer.skeleton, Some(scratch), &mut Key::default())?;
             let job = PackagesJob {
                 common: self.describe_common(layer, below, scratch),
                 debs: packages
@@ -146,6 +139,7 @@ impl LayerBuilder<'_> {
             };
             Ok((PACKAGES_JOB, serde_json::to_value(job)?))
         })
+        .map_err(|error| self.source.explain_rot(&packages, error))
         .map(Some)
     }
 
@@ -161,13 +155,16 @@ impl LayerBuilder<'_> {
         if nothing {
             return Ok(None);
         }
-        let variables = serde_json::to_value(&profile.variables)?;
         let mut key = self.begin_key("files", FILES_VERSION, layer, below);
-        self.place(profile, &files, &variables, None, &mut key)?;
+        place(profile, &files, None, &mut key)?;
         for artifact in &layer.artifacts {
             key.add(format!("artifact {}", artifact.name), artifact.sha256.as_bytes());
             key.add("artifact path", artifact.path.as_os_str().as_encoded_bytes());
             key.add("artifact unpack", format!("{} {}", artifact.unpack, artifact.strip));
+            key.add(
+                "artifact owner and mode",
+                format!("{}:{} {:o}", artifact.owner, artifact.group, artifact.mode),
+            );
         }
         for (what, names) in
             [("enable", &units.enable), ("disable", &units.disable), ("mask", &units.mask)]
@@ -183,13 +180,7 @@ impl LayerBuilder<'_> {
         self.provide(layer, "files", key, below, |scratch| {
             let job = FilesJob {
                 common: self.describe_common(layer, below, scratch),
-                files: self.place(
-                    profile,
-                    &files,
-                    &variables,
-                    Some(scratch),
-                    &mut Key::default(),
-                )?,
+                files: place(profile, &files, Some(scratch), &mut Key::default())?,
                 artifacts: layer
                     .artifacts
                     .iter()
@@ -197,6 +188,9 @@ impl LayerBuilder<'_> {
                         path: self.source.store.file_path(&artifact.sha256),
                         target: artifact.path.clone(),
                         unpack: artifact.unpack.then_some(artifact.strip as usize),
+                        owner: artifact.owner.clone(),
+                        group: artifact.group.clone(),
+                        mode: artifact.mode,
                     })
                     .collect(),
                 enable: units.enable.clone(),
@@ -239,66 +233,6 @@ impl LayerBuilder<'_> {
         }
     }
 
-    /// Describe files for the sandbox and add each to `key`. Templates are rendered; with
-    /// `scratch` the results are written there.
-    fn place(
-        &self,
-        profile: &Profile,
-        files: &[TreeFile],
-        variables: &Value,
-        scratch: Option<&Path>,
-        key: &mut Key,
-    ) -> Result<Vec<Placed>> {
-        let mut placed = Vec::new();
-        for (number, file) in files.iter().enumerate() {
-            let name = file.target.display();
-            let kind = match &file.kind {
-                TreeKind::File { source, template } => {
-                    let source = &profile.root.join(source);
-                    let from = if *template {
-                        let text = fs::read_to_string(source)
-                            .with_context(|| format!("reading {}", source.display()))?;
-                        let text = template::render(&text, source, variables)?;
-                        key.add(format!("file {name}"), &text);
-                        match scratch {
-                            Some(scratch) => {
-                                let rendered = scratch.join(format!("rendered-{number}"));
-                                fs::write(&rendered, text)
-                                    .with_context(|| format!("writing {}", rendered.display()))?;
-                                rendered
-                            }
-                            None => source.clone(),
-                        }
-                    } else {
-                        key.add(format!("file {name}"), Digest::of_file(source)?.as_bytes());
-                        source.clone()
-                    };
-                    PlacedKind::File(from)
-                }
-                TreeKind::Symlink(to) => {
-                    key.add(format!("link {name}"), to);
-                    PlacedKind::Link(to.into())
-                }
-                TreeKind::Directory { keep_existing } => {
-                    key.add(format!("directory {name}"), [u8::from(*keep_existing)]);
-                    PlacedKind::Directory { keep_existing: *keep_existing }
-                }
-            };
-            key.add(
-                format!("owner and mode {name}"),
-                format!("{}:{} {:o}", file.owner, file.group, file.mode),
-            );
-            placed.push(Placed {
-                target: file.target.clone(),
-                kind,
-                mode: file.mode,
-                owner: file.owner.clone(),
-                group: file.group.clone(),
-            });
-        }
-        Ok(placed)
-    }
-
     /// The diff of `key` from the store, or the sandbox's work on the job.
     fn provide(
         &self,
@@ -312,9 +246,11 @@ impl LayerBuilder<'_> {
         let step = self.source.progress.begin(&name);
         let digest = key.digest();
         if let Some(entry) = self.source.store.find_entry("layer", &digest) {
-            let diff = open_diff(name, layer, key, &entry)?;
-            step.finish_cached("");
-            return Ok(diff);
+            if let Ok(diff) = open_diff(name.clone(), layer, key.clone(), &entry) {
+                step.finish_cached("");
+                return Ok(diff);
+            }
+            self.source.store.discard_entry("layer", &digest)?;
         }
         let scratch = self.source.store.make_scratch("layer")?;
         let done = self.work(&scratch, below, describe, &step);
@@ -385,10 +321,66 @@ impl LayerBuilder<'_> {
     }
 }
 
+/// Describe files for the sandbox and add each to `key`. Templates are rendered; with
+/// `scratch` the results are written there.
+fn place(
+    profile: &Profile,
+    files: &[TreeFile],
+    scratch: Option<&Path>,
+    key: &mut Key,
+) -> Result<Vec<Placed>> {
+    let mut placed = Vec::new();
+    for (number, file) in files.iter().enumerate() {
+        let name = file.target.display();
+        let kind = match &file.kind {
+            TreeKind::File { source, template: true } => {
+                let text = templates::render(profile, source)?;
+                key.add(format!("file {name}"), &text);
+                let rendered = match scratch {
+                    Some(scratch) => {
+                        let rendered = scratch.join(format!("rendered-{number}"));
+                        fs::write(&rendered, text)
+                            .with_context(|| format!("writing {}", rendered.display()))?;
+                        rendered
+                    }
+                    None => source.clone(),
+                };
+                PlacedKind::File(rendered)
+            }
+            TreeKind::File { source, template: false } => {
+                let source = profile.root.join(source);
+                key.add(format!("file {name}"), Digest::of_file(&source)?.as_bytes());
+                PlacedKind::File(source)
+            }
+            TreeKind::Symlink(to) => {
+                key.add(format!("link {name}"), to);
+                PlacedKind::Link(to.into())
+            }
+            TreeKind::Directory { keep_existing } => {
+                key.add(format!("directory {name}"), [u8::from(*keep_existing)]);
+                PlacedKind::Directory { keep_existing: *keep_existing }
+            }
+        };
+        key.add(
+            format!("owner and mode {name}"),
+            format!("{}:{} {:o}", file.owner, file.group, file.mode),
+        );
+        placed.push(Placed {
+            target: file.target.clone(),
+            kind,
+            mode: file.mode,
+            owner: file.owner.clone(),
+            group: file.group.clone(),
+        });
+    }
+    Ok(placed)
+}
+
+/// The diff of an entry that has all its parts.
 fn open_diff(name: String, layer: &Layer, key: Key, entry: &Path) -> Result<Diff> {
     let facts = entry.join("facts.json");
     let text = fs::read(&facts).with_context(|| format!("reading {}", facts.display()))?;
-    Ok(Diff {
+    let diff = Diff {
         name,
         layer: layer.name.clone(),
         key,
@@ -397,7 +389,18 @@ fn open_diff(name: String, layer: &Layer, key: Key, entry: &Path) -> Result<Diff
         leaves: entry.join("leaves"),
         facts: serde_json::from_slice(&text)
             .with_context(|| format!("reading {}", facts.display()))?,
-    })
+    };
+    let blob_bytes = diff.facts.blob_bytes;
+    let leaves_bytes = blob_bytes / verity::BLOCK as u64 * verity::HASH as u64;
+    let measure = |path: &Path| fs::metadata(path).map(|metadata| metadata.len()).ok();
+    ensure!(
+        diff.tree.is_dir()
+            && measure(&diff.blob) == Some(blob_bytes)
+            && measure(&diff.leaves) == Some(leaves_bytes),
+        "{} is not whole",
+        entry.display()
+    );
+    Ok(diff)
 }
 
 /// Groups first: users may be in them.

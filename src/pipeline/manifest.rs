@@ -16,7 +16,8 @@ use crate::progress::StepTime;
 #[derive(Debug, Clone)]
 pub struct Description {
     pub profile: String,
-    /// `2026.11.20-1a2b3c4d`: the day of the packages, and the start of the key.
+    /// `2026.11.20-1a2b3c4d`: the day of the lock's epoch, and the start of the key, which
+    /// tells images of one day apart and does not order them.
     pub version: String,
     /// Digest of everything that goes into the image.
     pub key: Digest,
@@ -55,7 +56,10 @@ pub struct OutputEntry {
     pub format: Format,
     /// File name, beside the manifest.
     pub file: PathBuf,
-    pub sha256: Digest,
+    /// As sha256sum(1) gives it. None for a raw disk that was built by itself.
+    pub sha256: Option<Digest>,
+    /// Of a raw disk: the root hash that `veritysetup format --salt=- FILE TREE` prints.
+    pub tree: Option<Digest>,
     pub bytes: u64,
     /// Bytes it takes on the disk; less than `bytes` when it has holes.
     pub allocated: u64,
@@ -174,19 +178,19 @@ impl Description {
 }
 
 impl Manifest {
-    /// Where the manifest of a profile is.
-    pub fn locate(out: &Path, profile: &str) -> PathBuf {
-        out.join(format!("{profile}.manifest.json"))
+    /// The file name of a profile's manifest.
+    pub fn name(profile: &str) -> PathBuf {
+        format!("{profile}.manifest.json").into()
     }
 
     /// The manifest of an earlier build, if it can be read.
     pub fn load(out: &Path, profile: &str) -> Option<Self> {
-        let bytes = std::fs::read(Self::locate(out, profile)).ok()?;
+        let bytes = std::fs::read(out.join(Self::name(profile))).ok()?;
         serde_json::from_slice(&bytes).ok()
     }
 
     pub fn save(&self, out: &Path) -> Result<()> {
         let bytes = serde_json::to_vec_pretty(self).context("writing the manifest")?;
-        crate::store::write_atomically(&Self::locate(out, &self.profile), &bytes)
+        crate::store::write_atomically(&out.join(Self::name(&self.profile)), &bytes)
     }
 }

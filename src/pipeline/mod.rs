@@ -7,6 +7,7 @@ mod outputs;
 mod room;
 mod sets;
 mod source;
+mod templates;
 mod unpacked;
 
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ use crate::lock::{Lock, LockedPackage};
 use crate::progress::Progress;
 use crate::rootfs::layer;
 use crate::sandbox::{Inside, Sandbox};
+use crate::store::Scratch;
 use crate::tools;
 use image::ImageBuilder;
 use layers::{Diff, LayerBuilder};
@@ -56,7 +58,10 @@ pub struct Built {
 #[derive(Debug, Serialize)]
 pub struct Output {
     pub path: PathBuf,
-    pub sha256: Digest,
+    /// None for a raw disk that was built by itself.
+    pub sha256: Option<Digest>,
+    /// Of a raw disk: the root hash of a dm-verity tree over all of it.
+    pub tree: Option<Digest>,
     pub bytes: u64,
     pub allocated: u64,
 }
@@ -75,7 +80,8 @@ pub fn build(
     let mut profiles = Vec::new();
     let mut broken = Vec::new();
     for name in names {
-        match project.load_profile(name) {
+        let loaded = project.load_profile(name);
+        match loaded.and_then(|profile| templates::check(&profile).map(|()| profile)) {
             Ok(profile) => {
                 profiles.push(profile);
                 broken.push(None);
@@ -85,12 +91,14 @@ pub fn build(
         }
     }
     let source = Source::open(&options.fetch, progress)?;
-    outputs::prepare_folder(&options.out)?;
+    let growing = outputs::prepare_folder(&options.out)?;
     room::check(&source, &options.out, &profiles)?;
     Sandbox::default().require(source.store.root())?;
     let lock = prepare_lock(project, &source, &profiles, options.locked)?;
-    let tools = provide_tools(&source, &lock, tools::set::BUILD)?;
-    let builder = Builder { source: &source, lock: &lock, tools: &tools, options };
+    let explain_full = |error| room::explain_full(error, source.store.root(), &options.out);
+    let tools = provide_tools(&source, &lock, tools::set::BUILD).map_err(explain_full)?;
+    let builder =
+        Builder { source: &source, lock: &lock, tools: &tools, options, growing: &growing };
 
     let mut profiles = profiles.into_iter();
     Ok(broken
@@ -99,8 +107,9 @@ pub fn build(
             Some(error) => Err(error),
             None => {
                 let profile = profiles.next().context("a profile for each name")?;
-                builder
-                    .build(&profile)
+                source
+                    .fetch_artifacts(&profile)
+                    .and_then(|()| builder.build(&profile).map_err(explain_full))
                     .with_context(|| format!("building profile `{}`", profile.name))
             }
         })
@@ -112,6 +121,8 @@ struct Builder<'a> {
     lock: &'a Lock,
     tools: &'a tools::Tools,
     options: &'a BuildOptions,
+    /// Where outputs are until all of a profile's are finished.
+    growing: &'a Scratch,
 }
 
 impl Builder<'_> {
@@ -123,7 +134,6 @@ impl Builder<'_> {
             true => &profile.formats,
             false => &self.options.formats,
         };
-        self.fetch_artifacts(profile)?;
         let diffs = LayerBuilder {
             source: self.source,
             lock: self.lock,
@@ -142,7 +152,7 @@ impl Builder<'_> {
         let packages = self.list_packages(profile)?;
         let day = image::format_day(self.lock.epoch);
         let description = manifest::Description::new(profile, &diffs, &packages, key, &day);
-        let raw = out.join(format!("{}.raw", profile.name));
+        let raw = self.growing.path().join(format!("{}.raw", profile.name));
         let disk = images.build_disk(profile, &diffs, &initrd, &description, &raw)?;
         let written = outputs::write(self.source, self.tools, profile, formats, &raw)?;
 
@@ -160,18 +170,8 @@ impl Builder<'_> {
             outputs: written,
             steps: self.source.progress.step_times().split_off(before),
         };
-        manifest.save(out)?;
+        outputs::publish(self.growing, &manifest, out)?;
         Ok(describe(&manifest, out, began, false))
-    }
-
-    fn fetch_artifacts(&self, profile: &Profile) -> Result<()> {
-        let artifacts: Vec<_> = profile
-            .layers
-            .iter()
-            .flat_map(|layer| &layer.artifacts)
-            .map(|artifact| (artifact.name.clone(), artifact.url.clone(), artifact.sha256))
-            .collect();
-        self.source.fetch_artifacts(&artifacts)
     }
 
     /// Digest of everything that goes into the image.
@@ -211,6 +211,7 @@ fn describe(manifest: &Manifest, out: &Path, began: Instant, cached: bool) -> Bu
             .map(|output| Output {
                 path: out.join(&output.file),
                 sha256: output.sha256,
+                tree: output.tree,
                 bytes: output.bytes,
                 allocated: output.allocated,
             })

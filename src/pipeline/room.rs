@@ -1,5 +1,6 @@
 //! Will it fit? Answered before anything is fetched.
 
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -35,6 +36,30 @@ pub fn check(source: &Source, out: &Path, profiles: &[Profile]) -> Result<()> {
     }
     require(store, in_store, "the store")?;
     require(out, in_out, "the images")
+}
+
+/// A disk that became full is the user's to mend, whichever program came upon it.
+pub fn explain_full(error: anyhow::Error, store: &Path, out: &Path) -> anyhow::Error {
+    if !error.chain().any(is_about_room) {
+        return error;
+    }
+    let text = format!("{error:#}");
+    let named = |path: &&Path| text.contains(&*path.to_string_lossy());
+    // What was half done is removed by now, so that the room there says little.
+    let least = || [store, out].into_iter().min_by_key(|path| store::measure_room(path).ok());
+    let Some(path) = [store, out].into_iter().find(named).or_else(least) else { return error };
+    UserError::new("the disk became full during the build")
+        .in_file(path)
+        .why(text)
+        .help("make room there, or set XDG_CACHE_HOME or --out to a larger disk; what was finished is kept, and the next build goes on from there")
+        .into()
+}
+
+fn is_about_room(cause: &(dyn std::error::Error + 'static)) -> bool {
+    let kind = cause.downcast_ref::<io::Error>().map(io::Error::kind);
+    matches!(kind, Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
+        // Of a program that we started.
+        || cause.to_string().contains("No space left on device")
 }
 
 fn require(path: &Path, needed: u64, what: &str) -> Result<()> {

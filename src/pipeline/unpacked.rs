@@ -21,7 +21,10 @@ pub fn provide_tools(source: &Source, lock: &Lock, set: &str) -> Result<Tools> {
     add_packages(&mut key, &lock.list_set(set)?);
     let digest = key.digest();
     if let Some(entry) = source.store.find_entry("tools", &digest) {
-        return Ok(Tools::new(entry));
+        if entry.join("usr").is_dir() {
+            return Ok(Tools::new(entry));
+        }
+        source.store.discard_entry("tools", &digest)?;
     }
     let debs = source::fetch_set(source, lock, set)?;
     let step = source.progress.begin(set.to_string());
@@ -43,7 +46,7 @@ pub fn unpack(
     let packages = lock.list_set(set)?;
     let debs: Vec<DebFile> = debs
         .iter()
-        .zip(packages)
+        .zip(&packages)
         .map(|((name, path), locked)| DebFile {
             name: name.clone(),
             path: path.clone(),
@@ -52,7 +55,10 @@ pub fn unpack(
         .collect();
     let excludes = Excludes::default();
     let options = Options { purpose: Purpose::Tools, threads: source.threads, excludes: &excludes };
-    extract::unpack_all(&debs, root, &options).with_context(|| format!("unpacking {set}")).map(drop)
+    extract::unpack_all(&debs, root, &options)
+        .map_err(|error| source.explain_rot(&packages, error))
+        .with_context(|| format!("unpacking {set}"))
+        .map(drop)
 }
 
 /// Packages by digest, in order, as inputs of a step.

@@ -13,6 +13,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, anyhow};
+use rustix::io::Errno;
 
 use super::claims::Claims;
 pub use super::claims::Conflict;
@@ -23,6 +24,7 @@ use super::unpacker::{Owners, Unpacker, set_folder};
 use crate::debian::archive::{self, Entry, Kind, show};
 use crate::debian::deb822;
 use crate::debian::package::{self, ControlMembers};
+use crate::error::UserError;
 
 /// A package file.
 #[derive(Debug, Clone)]
@@ -159,6 +161,38 @@ pub fn unpack_tar(
     unpack().map_err(package::lift_user_error).with_context(|| format!("unpacking {name}"))
 }
 
+/// An archive that cannot be unpacked is a bad one, unless this machine is what fails.
+fn explain_failure(name: &str, error: anyhow::Error) -> anyhow::Error {
+    if error.downcast_ref::<UserError>().is_some() || error.chain().any(is_machine_failing) {
+        return error.context(format!("unpacking the package {name}"));
+    }
+    UserError::new(format!("the package {name} cannot be unpacked"))
+        .why(format!("{error:#}"))
+        .help(format!("`stanchion lock --update {name}` takes a newer version, if there is one"))
+        .into()
+}
+
+fn is_machine_failing(cause: &(dyn std::error::Error + 'static)) -> bool {
+    let errno = match cause.downcast_ref::<std::io::Error>() {
+        Some(error) => Errno::from_io_error(error),
+        None => cause.downcast_ref::<Errno>().copied(),
+    };
+    matches!(
+        errno,
+        Some(
+            Errno::NOSPC
+                | Errno::DQUOT
+                | Errno::ROFS
+                | Errno::IO
+                | Errno::MFILE
+                | Errno::NFILE
+                | Errno::NOMEM
+                | Errno::ACCESS
+                | Errno::PERM
+        )
+    )
+}
+
 /// The entry without the first `strip` parts of its path and of what a hard link names.
 fn strip_entry(entry: &Entry, strip: usize) -> Option<Entry> {
     let shorten = |path: &[u8]| {
@@ -236,9 +270,7 @@ impl Job<'_> {
             let opened = package::open_package(file, &deb.name, deb.limit)?;
             self.unpack_opened(index, opened)
         };
-        unpack()
-            .map_err(package::lift_user_error)
-            .with_context(|| format!("unpacking the package {}", deb.name))
+        unpack().map_err(|error| explain_failure(&deb.name, package::lift_user_error(error)))
     }
 
     fn unpack_opened(

@@ -108,6 +108,10 @@ pub struct Artifact {
     pub target: PathBuf,
     /// Unpack it as a tar archive, without this many leading folders.
     pub unpack: Option<usize>,
+    /// Of the file itself; what is unpacked is root's, with the archive's modes.
+    pub owner: String,
+    pub group: String,
+    pub mode: u32,
 }
 
 /// What became of a diff.
@@ -147,7 +151,8 @@ pub fn build_packages(job: &PackagesJob, inside: &mut Inside) -> Result<Sealed> 
     }
     configured?;
     remove_file(&root.join(POLICY))?;
-    seal::seal(&job.common, inside, "packages")
+    let own: Vec<&Path> = job.skeleton.iter().filter_map(own_file).collect();
+    seal::seal(&job.common, &own, inside, "packages")
 }
 
 fn list_essential(unpacked: &[Unpacked]) -> Result<Vec<String>> {
@@ -304,7 +309,11 @@ pub fn build_files(job: &FilesJob, inside: &mut Inside) -> Result<Sealed> {
         inside.say(verb)?;
         let program =
             Program::new("systemctl").args(["--quiet", "--no-reload", verb]).args(units.clone());
-        inside.run(&program).map_err(|error| {
+        let ran = inside.run(&program);
+        if ran.is_err() && job.common.debug_shell {
+            inside.open_shell()?;
+        }
+        ran.map_err(|error| {
             describe_failure(
                 &job.common,
                 error,
@@ -327,7 +336,15 @@ pub fn build_files(job: &FilesJob, inside: &mut Inside) -> Result<Sealed> {
             )
         })?;
     }
-    seal::seal(&job.common, inside, "files")
+    let artifacts = job.artifacts.iter().map(|artifact| artifact.target.as_path());
+    let own: Vec<&Path> = job.files.iter().filter_map(own_file).chain(artifacts).collect();
+    seal::seal(&job.common, &own, inside, "files")
+}
+
+/// The target of what is more than a folder on the way to a file.
+fn own_file(file: &Placed) -> Option<&Path> {
+    let on_the_way = matches!(file.kind, PlacedKind::Directory { keep_existing: true });
+    (!on_the_way).then_some(file.target.as_path())
 }
 
 /// Lay files down; they are the image's own, and replace what packages brought.
@@ -350,6 +367,18 @@ fn place_file(root: &Path, walker: &mut Walker<'_>, file: &Placed) -> Result<()>
     let path = root.join(OsStr::from_bytes(&folder.path)).join(name);
     let there = fs::symlink_metadata(&path).ok();
     let (uid, gid) = accounts::find_ids(root, &file.owner, &file.group)?;
+    let is_folder = there.as_ref().is_some_and(fs::Metadata::is_dir);
+    let wants_folder = matches!(file.kind, PlacedKind::Directory { .. });
+    if there.is_some() && is_folder != wants_folder {
+        let (in_image, in_layer) =
+            if is_folder { ("a folder", "a file") } else { ("a file", "a folder") };
+        return Err(UserError::new(format!(
+            "{} is {in_image} in the image and {in_layer} in the layer",
+            file.target.display()
+        ))
+        .help("give it another path, or remove the image's in a layer below")
+        .into());
+    }
     match &file.kind {
         PlacedKind::Directory { keep_existing } => {
             match there.as_ref().is_some_and(fs::Metadata::is_dir) {
@@ -385,10 +414,15 @@ fn place_artifact(root: &Path, artifact: &Artifact) -> Result<()> {
         Some(_) => PlacedKind::Directory { keep_existing: true },
         None => PlacedKind::File(artifact.path.clone()),
     };
-    let mode = if artifact.unpack.is_some() { 0o755 } else { 0o644 };
-    let target = artifact.target.clone();
-    let (owner, group) = ("root".to_string(), "root".to_string());
-    place_files(root, &[Placed { target, kind, mode, owner, group }])?;
+    let mode = if artifact.unpack.is_some() { 0o755 } else { artifact.mode };
+    let placed = Placed {
+        target: artifact.target.clone(),
+        kind,
+        mode,
+        owner: artifact.owner.clone(),
+        group: artifact.group.clone(),
+    };
+    place_files(root, &[placed])?;
     let Some(strip) = artifact.unpack else { return Ok(()) };
     let fd = place::open_root(root)?;
     let folder = artifact.target.strip_prefix("/").unwrap_or(&artifact.target);

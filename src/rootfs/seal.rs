@@ -56,7 +56,9 @@ const NO_VAR: [&str; 8] = [
     "/var/tmp",
 ];
 
-pub fn seal(common: &Common, inside: &mut Inside, diff: &str) -> Result<Sealed> {
+/// Pack the upper side. `own` are the targets that the layer itself laid down: patterns of
+/// what packages bring do not concern them.
+pub fn seal(common: &Common, own: &[&Path], inside: &mut Inside, diff: &str) -> Result<Sealed> {
     inside.say("packing")?;
     let root = inside.root()?;
     let upper = inside.spec().upper.clone().context("a layer is built on an upper side")?;
@@ -70,10 +72,14 @@ pub fn seal(common: &Common, inside: &mut Inside, diff: &str) -> Result<Sealed> 
     let file =
         File::create(&common.tar).with_context(|| format!("creating {}", common.tar.display()))?;
     let mut out = Tee { file: BufWriter::with_capacity(1 << 20, file), hasher: Hasher::new() };
-    let choose = |path: &Path| match left_out.matches(&[b"/", path.as_os_str().as_bytes()].concat())
-    {
-        true => pack::Choice::Drop,
-        false => pack::Choice::Keep,
+    let choose = |path: &Path| {
+        let path = Path::new("/").join(path);
+        // What is below an own folder, and the folders above an own file.
+        let is_own = own.iter().any(|own| path.starts_with(own) || own.starts_with(&path));
+        match !is_own && left_out.matches(path.as_os_str().as_bytes()) {
+            true => pack::Choice::Drop,
+            false => pack::Choice::Keep,
+        }
     };
     let stats = pack::pack_layer(&upper, common.epoch, choose, &mut out)?;
     out.flush().context("writing the layer")?;

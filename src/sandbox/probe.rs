@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use rustix::fs::XattrFlags;
@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::inside::Inside;
 use super::{Sandbox, Spec, child, idmap, mounts};
 use crate::error::UserError;
-use crate::store;
+use crate::store::{self, Scratch};
 
 /// One thing the sandbox needs.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -51,14 +51,14 @@ impl Sandbox {
                 return checks;
             }
         }
-        let scratch = match Scratch::make(directory) {
+        let scratch = match make_scratch(directory) {
             Ok(scratch) => scratch,
             Err(error) => {
                 checks.push(Check::fail("directory", &error, "make it writable to this user"));
                 return checks;
             }
         };
-        match self.try_job(&scratch) {
+        match self.try_job(scratch.path()) {
             Ok(found) => {
                 checks.push(Check::pass("namespaces", "user, mount, pid, ipc, uts, network"));
                 checks.extend(found);
@@ -83,29 +83,19 @@ impl Sandbox {
             .into())
     }
 
-    fn try_job(&self, scratch: &Scratch) -> Result<Vec<Check>> {
-        let path = serde_json::to_value(&scratch.0)?;
+    fn try_job(&self, scratch: &Path) -> Result<Vec<Check>> {
+        let path = serde_json::to_value(scratch)?;
         let found: Value = self.start(&Spec::default(), child::PROBE, path, &mut |_| ())?;
         serde_json::from_value(found).context("reading what the probe found")
     }
 }
 
-/// A directory of the probe. What is left when it is dropped is this user's own.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn make(directory: &Path) -> Result<Self> {
-        let directory = std::path::absolute(directory)?;
-        let path = directory.join(format!(".probe-{}", std::process::id()));
-        fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
-        Ok(Scratch(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = store::remove_tree(&self.0);
-    }
+/// What is left in it when it is dropped is this user's own.
+fn make_scratch(directory: &Path) -> Result<Scratch> {
+    const PREFIX: &str = ".probe-";
+    let directory = std::path::absolute(directory)?;
+    store::sweep_scratch(&directory, PREFIX);
+    store::make_scratch(&directory, PREFIX, "sandbox")
 }
 
 /// The worker's part: an overlay, a file capability on it, and a program's way into it.

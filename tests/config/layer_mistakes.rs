@@ -13,7 +13,7 @@ fn an_unknown_key_is_named_with_its_line_and_the_nearest() {
     );
     check(
         "quux = 1",
-        "unknown key `quux`\n  at: layers/a/layer.toml:2\n  why: a layer has no such key\n  help: the keys are: description, requires, packages, recommends, exclude, remove, commands, artifact, user, units, variables, owners, initrd, kernel",
+        "unknown key `quux`\n  at: layers/a/layer.toml:2\n  why: a layer has no such key\n  help: the keys are: description, requires, packages, provides, recommends, exclude, remove, commands, artifact, user, group, units, variables, owners, initrd, kernel",
     );
     check(
         "[units]\nenabel = []",
@@ -29,7 +29,7 @@ fn an_unknown_key_is_named_with_its_line_and_the_nearest() {
     );
     check(
         "\"a`, expected one of `x`\\n\" = 1",
-        "unknown key `a`, expected one of `x`\\n`\n  at: layers/a/layer.toml:2\n  why: a layer has no such key\n  help: the keys are: description, requires, packages, recommends, exclude, remove, commands, artifact, user, units, variables, owners, initrd, kernel",
+        "unknown key `a`, expected one of `x`\\n`\n  at: layers/a/layer.toml:2\n  why: a layer has no such key\n  help: the keys are: description, requires, packages, provides, recommends, exclude, remove, commands, artifact, user, group, units, variables, owners, initrd, kernel",
     );
 }
 
@@ -122,6 +122,38 @@ fn packages_are_named_as_debian_names_them_and_once() {
     check(
         "packages = [\"patroni\",\n\"etcd-server\",\n\"patroni=4.0\"]",
         "the package `patroni` is there twice\n  at: layers/a/layer.toml:4\n  why: line 2 has it already",
+    );
+}
+
+#[test]
+fn versions_are_written_as_debian_writes_them() {
+    for good in ["1", "17.4-1", "1:9.0~rc1-2", "4.0.5+dfsg-1+deb13u2"] {
+        Sandbox::with_layer(&format!("packages = [\"patroni={good}\"]")).profile();
+        Sandbox::with_layer(&format!("provides = [\"patroni (= {good})\"]")).profile();
+    }
+    for bad in ["", "v1", "1:", ":1", "a:1", "1-", "1 ", "1_2", "1:2:3", "99999999999:1", ">=1"] {
+        let message = Sandbox::with_layer(&format!("packages = [\"patroni={bad}\"]")).mistake();
+        assert!(message.starts_with(&format!("bad version `{bad}` of")), "{message}");
+        let message = Sandbox::with_layer(&format!("provides = [\"ab (= {bad})\"]")).mistake();
+        assert!(message.starts_with(&format!("bad provided package `ab (= {bad})`")), "{message}");
+    }
+}
+
+#[test]
+fn provided_packages_are_written_as_debian_writes_them_and_once() {
+    check(
+        "provides = [\n\"locales\",\n\"Locales\"]",
+        "bad provided package `Locales`\n  at: layers/a/layer.toml:4\n  help: write `name` or `name (= version)`, such as `locales (= 2.41-12)`",
+    );
+    for bad in
+        ["", "x", "-ab", "locales=2.41", "locales (>= 2)", "locales (2)", "ab  (= 1)", "ab (= 1) "]
+    {
+        let message = Sandbox::with_layer(&format!("provides = [\"{bad}\"]")).mistake();
+        assert!(message.starts_with(&format!("bad provided package `{bad}`")), "{message}");
+    }
+    check(
+        "provides = [\"locales\",\n\"ssl-cert\",\n\"locales (= 2)\"]",
+        "the provided package `locales` is there twice\n  at: layers/a/layer.toml:4\n  why: line 2 has it already",
     );
 }
 
@@ -219,6 +251,42 @@ fn users_have_names_and_ids_that_collide_with_nothing() {
     check(
         "[[user]]\nname = \"netbox\"\nid = 980\ngroups = [\"redis\", \"redis\"]",
         "the group `redis` is there twice\n  at: layers/a/layer.toml:5\n  why: line 5 has it already",
+    );
+}
+
+#[test]
+fn groups_have_names_and_ids_that_collide_with_nothing() {
+    check(
+        "[[group]]\nname = \"0render\"\nid = 816",
+        "bad group name `0render`\n  at: layers/a/layer.toml:3\n  help: a name has lower-case letters, digits, `_` and `-`, begins with no digit, and has at most 32",
+    );
+    check(
+        "[[group]]\nname = \"render\"\nid = 60000",
+        "bad group id `60000`\n  at: layers/a/layer.toml:4\n  help: take one from 100 to 59999",
+    );
+    check(
+        "[[group]]\nname = \"render\"",
+        "missing key `id`\n  at: layers/a/layer.toml:2\n  why: `group` needs it",
+    );
+    check(
+        "[[group]]\nname = \"render\"\nid = 816\nhome = \"/x\"",
+        "unknown key `home`\n  at: layers/a/layer.toml:5\n  why: `group` has no such key\n  help: did you mean `name`?",
+    );
+    check(
+        "[[group]]\nname = \"render\"\nid = 816\n[[group]]\nname = \"render\"\nid = 817",
+        "the group `render` is there twice\n  at: layers/a/layer.toml:6\n  why: layers/a/layer.toml:3 has it already",
+    );
+    check(
+        "[[group]]\nname = \"render\"\nid = 816\n[[group]]\nname = \"kvm\"\nid = 816",
+        "two groups have the id 816\n  at: layers/a/layer.toml:6\n  why: layers/a/layer.toml:3 has it already",
+    );
+    check(
+        "[[group]]\nname = \"etcd\"\nid = 816\n[[user]]\nname = \"etcd\"\nid = 901",
+        "`etcd` is both a user, which brings its group, and a group\n  at: layers/a/layer.toml:3\n  why: layers/a/layer.toml:6 has it already",
+    );
+    check(
+        "[[user]]\nname = \"etcd\"\nid = 901\n[[group]]\nname = \"kvm\"\nid = 901",
+        "a user, and so its group, and a group have the id 901\n  at: layers/a/layer.toml:6\n  why: layers/a/layer.toml:3 has it already",
     );
 }
 

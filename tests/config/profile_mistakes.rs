@@ -45,7 +45,7 @@ fn formats_are_known_and_named_once() {
     );
     check(
         "formats = [\"floppydisk\"]",
-        "there is no format `floppydisk`\n  at: profiles/p.toml:3\n  help: the formats are: raw, qcow2, vmdk, ova, vhdx, vagrant",
+        "there is no format `floppydisk`\n  at: profiles/p.toml:3\n  help: the formats are: raw, qcow2",
     );
     check(
         "formats = [\"raw\", \"raw\"]",
@@ -135,7 +135,7 @@ fn a_profile_names_layers_once() {
 }
 
 #[test]
-fn two_layers_may_not_give_the_same_user_artifact_or_initrd() {
+fn two_layers_may_not_give_the_same_account_artifact_or_initrd() {
     let check = |first: &str, second: &str, expected: &str| {
         let sandbox = Sandbox::new(&[
             ("layers/a/layer.toml", &format!("description = \"a\"\nrequires = [\"b\"]\n{first}")),
@@ -152,6 +152,21 @@ fn two_layers_may_not_give_the_same_user_artifact_or_initrd() {
         "[[user]]\nname = \"x\"\nid = 980",
         "[[user]]\nname = \"x\"\nid = 981",
         "the user `x` is there twice\n  at: layers/a/layer.toml:4\n  why: layers/b/layer.toml:3 has it already",
+    );
+    check(
+        "[[group]]\nname = \"x\"\nid = 980",
+        "[[group]]\nname = \"x\"\nid = 981",
+        "the group `x` is there twice\n  at: layers/a/layer.toml:4\n  why: layers/b/layer.toml:3 has it already",
+    );
+    check(
+        "[[group]]\nname = \"x\"\nid = 980",
+        "[[user]]\nname = \"y\"\nid = 980",
+        "a user, and so its group, and a group have the id 980\n  at: layers/a/layer.toml:4\n  why: layers/b/layer.toml:3 has it already",
+    );
+    check(
+        "[[user]]\nname = \"x\"\nid = 980",
+        "[[group]]\nname = \"x\"\nid = 981",
+        "`x` is both a user, which brings its group, and a group\n  at: layers/a/layer.toml:4\n  why: layers/b/layer.toml:3 has it already",
     );
     check(
         "[initrd]",

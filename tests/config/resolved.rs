@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use proptest::prelude::*;
 use stanchion::config::Format;
 use stanchion::config::Profile;
-use stanchion::config::layer::{PackageWish, User};
+use stanchion::config::layer::{Group, PackageWish, User};
 use stanchion::config::profile::Disk;
 use stanchion::config::tree::{TreeFile, TreeKind};
 
@@ -28,7 +28,7 @@ fn a_profile_has_defaults_for_what_it_does_not_say() {
 #[test]
 fn what_is_written_is_what_is_read() {
     let profile = Sandbox::with_layer(
-        "packages = [\"patroni\", \"etcd-server=3.5.16-4\"]\n[[user]]\nname = \"netbox\"\nid = 980\n",
+        "packages = [\"patroni\", \"etcd-server=3.5.16-4\"]\nprovides = [\"locales\", \"ssl-cert (= 1.1.3)\"]\n[[user]]\nname = \"netbox\"\nid = 980\n[[group]]\nname = \"kvm\"\nid = 815\n",
     )
     .profile();
     let wish = |name: &str, version: Option<&str>| PackageWish {
@@ -45,6 +45,8 @@ fn what_is_written_is_what_is_read() {
         groups: Vec::new(),
     };
     assert_eq!(layer.users, [user]);
+    assert_eq!(layer.groups, [Group { name: "kvm".to_string(), id: 815 }]);
+    assert_eq!(layer.provides, ["locales", "ssl-cert (= 1.1.3)"]);
 }
 
 #[test]
@@ -103,7 +105,9 @@ fn files_are_listed_with_target_owner_and_mode() {
     let sandbox = Sandbox::with_layer(
         "[owners]\n\"/etc/secret\" = { group = \"postgres\", mode = \"0640\" }\n\"/etc/d\" = { mode = \"0700\" }\n\"/etc/live\" = { owner = \"etcd\" }\n[initrd]\n",
     );
-    for path in ["tree/etc/secret.j2", "tree/etc/d/x", "boot/etc/live.j2", "initrd/etc/i.j2"] {
+    let early = "skeleton/etc/early.j2";
+    for path in ["tree/etc/secret.j2", "tree/etc/d/x", "boot/etc/live.j2", "initrd/etc/i.j2", early]
+    {
         sandbox.write(&format!("layers/a/{path}"), "");
     }
     symlink("../x", sandbox.path().join("layers/a/tree/etc/link")).unwrap();
@@ -126,6 +130,13 @@ fn files_are_listed_with_target_owner_and_mode() {
                 group: "postgres".to_string(),
                 ..make_file("/etc/secret", "layers/a/tree/etc/secret.j2", true, 0o640)
             },
+        ]
+    );
+    assert_eq!(
+        layer.skeleton,
+        [
+            make_directory("/etc"),
+            make_file("/etc/early", "layers/a/skeleton/etc/early.j2", true, 0o644)
         ]
     );
     let shipped = "/usr/share/stanchion/boot/a/etc";

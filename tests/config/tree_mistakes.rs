@@ -47,6 +47,42 @@ fn two_files_that_become_one_are_both_named() {
 }
 
 #[test]
+fn skeleton_and_tree_share_directories_only() {
+    Sandbox::new(&[("layers/a/tree/etc/motd", ""), ("layers/a/skeleton/etc/issue", "")]).profile();
+    check(
+        &["tree/etc/motd", "skeleton/etc/motd"],
+        "`/etc/motd` is doubled\n  at: layers/a/skeleton/etc/motd\n  why: layers/a/tree/etc/motd becomes the same path of the image\n  help: keep one of them",
+    );
+    check(
+        &["tree/etc/motd.j2", "skeleton/etc/motd"],
+        "`/etc/motd` is doubled\n  at: layers/a/skeleton/etc/motd\n  why: layers/a/tree/etc/motd.j2 becomes the same path of the image\n  help: keep one of them",
+    );
+    check(
+        &["tree/etc/motd", "skeleton/etc/motd/x"],
+        "`/etc/motd` is doubled\n  at: layers/a/skeleton/etc/motd\n  why: layers/a/tree/etc/motd becomes the same path of the image\n  help: keep one of them",
+    );
+    check(
+        &["skeleton/etc/motd", "skeleton/etc/motd.j2"],
+        "`/etc/motd` is doubled\n  at: layers/a/skeleton/etc/motd.j2\n  why: layers/a/skeleton/etc/motd becomes the same path of the image\n  help: keep one of them",
+    );
+    check(
+        &["skeleton/bin/x"],
+        "`/bin` is a symlink in the image\n  at: layers/a/skeleton/bin\n  help: move it to `layers/a/skeleton/usr/bin`",
+    );
+    check(&["skeleton"], "`skeleton` is not a directory\n  at: layers/a/skeleton");
+}
+
+#[test]
+fn owners_do_not_reach_into_the_skeleton() {
+    let sandbox = Sandbox::with_layer("[owners]\n\"/etc/x\" = { group = \"etcd\" }");
+    sandbox.write("layers/a/skeleton/etc/x", "");
+    assert_eq!(
+        sandbox.mistake(),
+        "`[owners]` names `/etc/x`, which this layer does not have\n  at: layers/a/layer.toml:3\n  why: neither `tree/` nor `boot/` holds it, and no artifact is put there"
+    );
+}
+
+#[test]
 fn files_where_the_image_has_symlinks_or_nothing_can_be_written_are_refused() {
     check(
         &["tree/lib/systemd/x"],
@@ -127,5 +163,17 @@ fn owners_name_files_that_are_there() {
     check(
         "\"/usr/bin/foo\" = { group = \"post gres\" }",
         "bad group name `post gres`\n  at: layers/a/layer.toml:3\n  help: a name has lower-case letters, digits, `_` and `-`, begins with no digit, and has at most 32",
+    );
+}
+
+#[test]
+fn what_no_image_would_hold_is_refused() {
+    check(
+        &["tree/var/lib/a/x"],
+        "`/var` is never in an image\n  at: layers/a/tree/var\n  help: each machine begins with an empty /var: ship the file under /usr, and let a line of type `C` in /usr/lib/tmpfiles.d copy it",
+    );
+    check(
+        &["tree/etc/hostname"],
+        "`/etc/hostname` is never in an image\n  at: layers/a/tree/etc/hostname\n  help: each machine has its own",
     );
 }

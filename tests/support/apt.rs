@@ -1,5 +1,5 @@
-//! The machine's own apt-get as an oracle: it solves against lists of packages given as
-//! text, in a directory of its own, and touches nothing of the machine.
+//! apt-get as an oracle: it solves against lists of packages given as text, in a directory
+//! of its own, and touches nothing of the machine.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,20 +10,17 @@ use stanchion::command::{Command, Failed};
 /// An apt-get that knows only the lists it was given.
 pub struct Apt {
     root: tempfile::TempDir,
+    start: Box<dyn Fn() -> Command>,
 }
 
 /// What apt-get would install: name to version. The error is its complaint.
 pub type Answer = Result<BTreeMap<String, String>, String>;
 
 impl Apt {
-    /// From the lists of the suites (texts of `Packages` files), in their order, and the
-    /// paragraphs of what is installed (a dpkg status file; may be empty). `None`, with a
-    /// line that says so, where there is no apt-get.
-    pub fn new(lists: &[&str], status: &str) -> Option<Self> {
-        if Command::new("apt-get").arg("--version").run().is_err() {
-            eprintln!("skipped: this machine has no apt-get to compare with");
-            return None;
-        }
+    /// `start` begins a command line of apt-get. The lists of the suites (texts of
+    /// `Packages` files) come in their order, `status` has the paragraphs of what is
+    /// installed (a dpkg status file; may be empty).
+    pub fn new(start: impl Fn() -> Command + 'static, lists: &[&str], status: &str) -> Self {
         let root = tempfile::tempdir().unwrap();
         let make = |path: &str, text: &str| {
             let path = root.path().join(path);
@@ -32,9 +29,9 @@ impl Apt {
         };
         let mut sources = String::new();
         for (i, list) in lists.iter().enumerate() {
-            make(&format!("lists/{i}/Packages"), list);
-            let path = root.path().join(format!("lists/{i}"));
-            sources += &format!("deb [trusted=yes] copy:{} ./\n", path.display());
+            // Laid where `apt-get update` would put what it fetches from there.
+            sources += &format!("deb [trusted=yes] copy:/list/{i} ./\n");
+            make(&format!("var/lib/apt/lists/_list_{i}_._Packages"), list);
         }
         make("etc/apt/sources.list", &sources);
         make("etc/apt/preferences", "");
@@ -45,9 +42,7 @@ impl Apt {
             fs::create_dir_all(root.path().join(path)).unwrap();
         }
         make("apt.conf", &configure(root.path()));
-        let apt = Apt { root };
-        apt.command().arg("update").run().unwrap();
-        Some(apt)
+        Apt { root, start: Box::new(start) }
     }
 
     /// What `apt-get install` of these names would add.
@@ -79,7 +74,7 @@ impl Apt {
     }
 
     fn command(&self) -> Command {
-        Command::new("apt-get").env("APT_CONFIG", self.root.path().join("apt.conf"))
+        (self.start)().env("APT_CONFIG", self.root.path().join("apt.conf"))
     }
 }
 

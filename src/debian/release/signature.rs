@@ -75,7 +75,11 @@ enum Verdict {
 /// # Errors
 /// A [`UserError`] says what is wrong with the file or with its signatures.
 pub fn verify_in_release(keyring: &Keyring, bytes: &[u8], at: SystemTime) -> Result<String> {
-    let refuse = |why: String| UserError::new("the signature of InRelease does not hold").why(why);
+    let refuse = |why: String| {
+        UserError::new("the signature of InRelease does not hold").why(why).help(
+            "the mirror, or something on the way to it, gives out another file than Debian signed: try another mirror (--mirror URL)",
+        )
+    };
     let framed = split_cleartext(bytes).map_err(|error| refuse(format!("{error:#}")))?;
     let signatures = read_signatures(framed.armor).map_err(|error| refuse(format!("{error:#}")))?;
     let canonical = framed.lines.join("\r\n");

@@ -249,7 +249,7 @@ fn wrong_bytes_are_fetched_once_more_and_then_refused() {
     let url = server.url("always");
     assert_user_error(&error, &[&bad.to_string(), &always.digest.to_string(), &url, "help:"]);
     assert_eq!(server.requests().len(), 4);
-    assert!(!place.store.has_file(&always.digest) && !place.partial(&always).exists());
+    assert!(!place.store.has_file(&always.digest, None) && !place.partial(&always).exists());
 }
 
 #[test]
@@ -273,7 +273,9 @@ fn more_bytes_than_promised_are_not_taken() {
         let download = want(server.url(name), &body);
         let error = place.fetch(std::slice::from_ref(&download)).unwrap_err();
         assert_user_error(&error, &["1000", &server.url(name)]);
-        assert!(!place.store.has_file(&download.digest) && !place.partial(&download).exists());
+        assert!(
+            !place.store.has_file(&download.digest, None) && !place.partial(&download).exists()
+        );
     }
     let error = impatient(false).fetch_bytes(&server.url("endless"), 5_000).unwrap_err();
     assert_user_error(&error, &["more than 5000 bytes"]);
@@ -527,6 +529,6 @@ proptest! {
         let download = want(server.url("a"), b"what nobody sends");
         place.leave_partial(&download, b"what");
         prop_assert!(fetcher.fetch_all(&place.store, std::slice::from_ref(&download), &quiet()).is_err());
-        prop_assert!(!place.store.has_file(&download.digest));
+        prop_assert!(!place.store.has_file(&download.digest, None));
     }
 }
