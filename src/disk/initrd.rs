@@ -223,7 +223,15 @@ impl<W: Write> Archive<W> {
             kind if kind.is_dir() => Vec::new(),
             _ => bail!("neither a file, a link nor a directory"),
         };
-        self.append_entry(path.as_os_str().as_bytes(), metadata.mode(), &data)
+        // Of the bits only "a program" means something in an initrd, where all is root's; the
+        // others may be those of a umask.
+        let bits = match metadata.file_type() {
+            kind if kind.is_symlink() => 0o777,
+            kind if kind.is_dir() || metadata.mode() & 0o100 != 0 => 0o755,
+            _ => 0o644,
+        };
+        let mode = metadata.mode() & !0o7777 | bits;
+        self.append_entry(path.as_os_str().as_bytes(), mode, &data)
     }
 
     fn append_entry(&mut self, name: &[u8], mode: u32, data: &[u8]) -> Result<()> {
@@ -255,6 +263,7 @@ impl<W: Write> Archive<W> {
 mod tests {
     use super::*;
     use crate::command::Command;
+    use std::os::unix::fs::PermissionsExt;
 
     const DEPENDENCIES: &str = "kernel/fs/ext4/ext4.ko.xz: kernel/fs/jbd2/jbd2.ko.xz kernel/lib/crc16.ko.xz\nkernel/fs/jbd2/jbd2.ko.xz:\nkernel/drivers/md/dm-mod.ko.xz:\n";
 
@@ -282,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn the_archive_is_read_by_cpio_and_is_the_same_each_time() {
+    fn the_archive_is_read_by_cpio_and_is_the_same_under_any_umask() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("root");
         fs::create_dir_all(root.join("a/b")).unwrap();
@@ -290,6 +299,9 @@ mod tests {
         symlink("b/file", root.join("a/link")).unwrap();
         let out = |name: &str| dir.path().join(name);
         write_archive(&root, 1_700_000_000, &out("1")).unwrap();
+        for (path, mode) in [("a", 0o700), ("a/b", 0o770), ("a/b/file", 0o600)] {
+            fs::set_permissions(root.join(path), fs::Permissions::from_mode(mode)).unwrap();
+        }
         write_archive(&root, 1_700_000_000, &out("2")).unwrap();
         assert_eq!(fs::read(out("1")).unwrap(), fs::read(out("2")).unwrap());
 

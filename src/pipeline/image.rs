@@ -27,7 +27,7 @@ use crate::store::Scratch;
 use crate::tools::Tools;
 
 /// Raised when a step would make other bytes from the same inputs.
-const INITRD_VERSION: u32 = 1;
+const INITRD_VERSION: u32 = 2;
 /// Of everything after the layers and the initrd.
 pub const IMAGE_VERSION: u32 = 3;
 

@@ -257,7 +257,7 @@ fn files_are_those_of_the_packages_with_their_owners_and_modes() {
         assert_eq!(wrong, [""; 0], "{}", wrong.join("\n"));
         assert!(seen > 3000, "only {seen} files were compared");
         assert_eq!(special.get("usr/bin/su"), Some(&0o4755), "{special:?}");
-        assert_eq!(special.get("usr/bin/chage"), Some(&0o2755), "{special:?}");
+        assert_eq!(special.get("usr/sbin/unix_chkpwd"), Some(&0o2755), "{special:?}");
         // Nothing else got such bits.
         let got: BTreeMap<String, u32> = root
             .files
