@@ -80,7 +80,7 @@ pub struct FetchArgs {
     /// Use only what is in the store
     #[arg(long)]
     pub offline: bool,
-    /// Downloads and builds at the same time (default: twice the processors)
+    /// Downloads and threads at the same time (default: by the number of processors)
     #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub jobs: Option<u16>,
 }

@@ -50,6 +50,7 @@ impl ImageBuilder<'_> {
 
         let mut key = Key::new("initrd", INITRD_VERSION);
         key.add("kernel", kernel.key.digest().as_bytes());
+        key.add("tools", self.tools.name());
         key.add("epoch", self.lock.epoch.to_string());
         add_packages(&mut key, &self.lock.list_set(&set)?);
         config.modules.iter().for_each(|name| {
