@@ -218,7 +218,7 @@ fn keep(order: &Order) -> Result<()> {
                 return Ok(());
             }
         };
-        // It ends with the last process of the node.
+        // It ends with nspawn.
         let copied = console.copy_from(pipe);
         let status = child.wait().context("waiting for systemd-nspawn")?;
         drop(root);
@@ -319,6 +319,8 @@ fn describe_node(order: &Order, root: &Root) -> Result<Command> {
         // Both are for machines where cgroup v1 is there, too, or a lock folder is not.
         .env("SYSTEMD_NSPAWN_UNIFIED_HIERARCHY", "1")
         .env("SYSTEMD_NSPAWN_LOCK", "0")
+        // The node's: its console is a log.
+        .env("TERM", "dumb")
         .arg("--quiet")
         .arg("--boot")
         .arg("--directory")
@@ -326,7 +328,7 @@ fn describe_node(order: &Order, root: &Root) -> Result<Command> {
         .arg(format!("--machine={}", order.machine))
         .arg(format!("--hostname={}", order.hostname))
         .arg(format!("--network-bridge={}", network::BRIDGE))
-        .args(["--register=no", "--keep-unit", "--settings=no", "--console=pipe"])
+        .args(["--register=no", "--keep-unit", "--settings=no", "--console=read-only"])
         .args(["--resolv-conf=off", "--timezone=off", "--link-journal=no"])
         .arg("--kill-signal=SIGRTMIN+3"))
 }

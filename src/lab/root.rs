@@ -45,14 +45,15 @@ impl Root {
     pub fn mount(image: &Path, var: &Path) -> Result<Self> {
         let disk = File::open(image).with_context(|| format!("opening {}", image.display()))?;
         let offset = find_root(&disk).with_context(|| format!("reading {}", image.display()))?;
-        let var = open_folder(rustix::fs::CWD, var)
-            .with_context(|| format!("opening {}", var.display()))?;
         // SAFETY: no memory or descriptor table is unshared.
         unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }
             .context("making a mount namespace")?;
         // The host's changes come in, so that we keep nothing of its busy; ours stay here.
         let downstream = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
         mount_change("/", downstream).context("detaching mounts from the host's")?;
+        // In this namespace, or it could not be bound here; before the tmpfs may hide it.
+        let var = open_folder(rustix::fs::CWD, var)
+            .with_context(|| format!("opening {}", var.display()))?;
 
         let systemd = Path::new("/run/systemd");
         let area = if systemd.is_dir() { systemd } else { Path::new("/run") };
