@@ -139,7 +139,7 @@ mod tests {
         console.write(b"first\n").unwrap();
         console.written = LIMIT;
         console.write(b"second\n").unwrap();
-        let mut seen = Vec::new();
+        let mut seen: Vec<u8> = Vec::new();
         let mut show = |bytes: &[u8]| {
             seen.extend(bytes);
             Ok(())

@@ -209,11 +209,8 @@ impl Lab {
         let _ = fs::remove_file(folder.partitioned());
         folder.create()?;
         let group = (self.folder.name_group()?, node.machine.clone());
-        // Control groups may be left frozen.
-        let own = self.folder.find_group()?.name_child(&node.machine);
-        if own.is_frozen() {
-            own.set_frozen(false)?;
-        }
+        // One whose keeper was killed while it was frozen.
+        self.thaw_group(node)?;
         let credentials = [("stanchion.seed", folder.seed()), (ADDRESS, folder.address())];
         let order = Order {
             nspawn: self.state.nspawn.clone(),
@@ -258,6 +255,8 @@ impl Lab {
         let _turn = self.folder(node).lock(&node.name)?;
         let Some(running) = self.load_running(node) else { return Ok(()) };
         running.init.kill()?;
+        // What supervises it is frozen with it, and has to see it end.
+        self.thaw_group(node)?;
         self.wait_for_end(node, &running, KILL_LIMIT)
     }
 
@@ -435,6 +434,11 @@ impl Lab {
 
     fn find_group(&self, node: &NodeState) -> Result<cgroup::Group> {
         Ok(self.folder.find_group()?.name_child(&node.machine))
+    }
+
+    fn thaw_group(&self, node: &NodeState) -> Result<()> {
+        let group = self.find_group(node)?;
+        if group.is_frozen() { group.set_frozen(false) } else { Ok(()) }
     }
 
     fn load_running(&self, node: &NodeState) -> Option<Running> {
