@@ -28,4 +28,7 @@ pub mod disk;
 pub mod output;
 pub mod pipeline;
 
+pub mod secrets;
+pub mod seed;
+
 pub mod cli;
