@@ -6,10 +6,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use super::{Context, FetchArgs};
-use crate::config::Format;
+use crate::config::profile::Profile;
+use crate::config::{Format, Project};
 use crate::error::UserError;
 use crate::lab::{self, Lab, Network, NodeSpec, Nspawn, Places, Spec, Status, console};
-use crate::pipeline::{self, Source};
+use crate::pipeline::{self, FetchOptions, Source};
 use crate::progress::print_line;
 use crate::tools::set;
 
@@ -176,18 +177,13 @@ fn up(context: &Context, places: &Places, args: Up) -> Result<()> {
         fetch: args.fetch.clone().into(),
     };
     let profiles = [args.profile.clone()];
-    pipeline::build(&project, &profiles, &options, &context.progress)?
-        .into_iter()
-        .collect::<Result<Vec<_>>>()?;
+    for (_, built) in pipeline::build(&project, &profiles, &options, &context.progress)? {
+        built?;
+    }
+    let profile = project.load_profile(&args.profile)?;
     let nspawn = match Nspawn::find_on_host() {
         Some(nspawn) => nspawn,
-        None => {
-            let source = Source::open(&options.fetch, &context.progress)?;
-            let profile = project.load_profile(&args.profile)?;
-            let lock = pipeline::prepare_lock(&project, &source, &[profile], false)?;
-            let tools = pipeline::provide_tools(&source, &lock, set::LAB)?;
-            Nspawn::Tools(tools.root().to_owned())
-        }
+        None => provide_nspawn(context, &project, &profile, &options.fetch)?,
     };
     let image = args.out.join(format!("{}.raw", args.profile));
     let nodes = (0..u32::from(args.nodes))
@@ -209,6 +205,23 @@ fn up(context: &Context, places: &Places, args: Up) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+fn provide_nspawn(
+    context: &Context,
+    project: &Project,
+    profile: &Profile,
+    fetch: &FetchOptions,
+) -> Result<Nspawn> {
+    let source = Source::open(fetch, &context.progress)?;
+    let profiles = [profile.clone()];
+    let (lock, mut failures) = pipeline::prepare_lock(project, &source, &profiles, false)?;
+    if let Some(error) = failures.remove(&profile.name) {
+        return Err(error);
+    }
+    let lock = lock.context("a profile without failures has a lock")?;
+    let tools = pipeline::provide_tools(&source, &lock, set::LAB)?;
+    Ok(Nspawn::Tools(tools.root().to_owned()))
 }
 
 fn start_all(context: &Context, lab: &Lab) -> Result<()> {
