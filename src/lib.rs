@@ -28,4 +28,6 @@ pub mod disk;
 pub mod output;
 pub mod pipeline;
 
+pub mod agent;
+
 pub mod cli;

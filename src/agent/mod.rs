@@ -1,0 +1,11 @@
+//! `stanchion-agent`: the program in every image that makes a node of it.
+//!
+//! Three phases (`runner`): pre-start, bootstrap, main. What can be decided without
+//! looking is decided by pure functions (`join`, `failover`, `ready`); elections are
+//! etcd's, Patroni's, Sentinel's and keepalived's.
+
+pub mod board;
+pub mod etcd;
+pub mod failover;
+pub mod join;
+pub mod runner;
