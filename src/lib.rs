@@ -28,6 +28,9 @@ pub mod disk;
 pub mod output;
 pub mod pipeline;
 
+pub mod secrets;
+pub mod seed;
+
 pub mod agent;
 
 pub mod cli;

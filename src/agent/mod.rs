@@ -7,5 +7,8 @@
 pub mod board;
 pub mod etcd;
 pub mod failover;
+pub mod files;
 pub mod join;
+pub mod places;
 pub mod runner;
+pub mod tls;

@@ -14,9 +14,11 @@ use super::check::{
     check_url, check_variables,
 };
 use super::raw::{RawArtifact, RawGroup, RawInitrd, RawLayer, RawOwner, RawUnits, RawUser, Text};
-use super::source::Source;
+use super::role::Role;
+use super::source::{Source, quote};
 use super::tree::{Owners, Ownership, TreeFile, read_trees};
 use crate::digest::Digest;
+use crate::error::find_nearest;
 
 /// Ids that a layer may give: below lie Debian's own, above what systemd takes for
 /// dynamic users and containers (systemd's UIDS-GIDS).
@@ -27,6 +29,9 @@ const IDS: RangeInclusive<u32> = 100..=59_999;
 pub struct Layer {
     pub name: String,
     pub description: String,
+    /// What a machine whose image holds this layer is for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub role: Option<Role>,
     /// Layers that come before this one.
     pub requires: Vec<String>,
     pub packages: Vec<PackageWish>,
@@ -187,6 +192,7 @@ fn check_layer(
     let mut layer = Layer {
         name: name.to_string(),
         description: check_text(source, "description", &raw.description)?,
+        role: raw.role.as_ref().map(|role| check_role(source, role)).transpose()?,
         requires,
         packages: check_packages(source, &raw.packages)?,
         provides: check_provides(source, &raw.provides)?,
@@ -225,6 +231,20 @@ fn check_layer(
 
 fn pair(texts: &[Text]) -> impl Iterator<Item = (&str, std::ops::Range<usize>)> {
     texts.iter().map(|text| (text.get_ref().as_str(), text.span()))
+}
+
+fn check_role(source: &Source, text: &Text) -> Result<Role> {
+    let name = text.get_ref();
+    if let Some(role) = Role::ALL.into_iter().find(|role| role.name() == name) {
+        return Ok(role);
+    }
+    let names = Role::ALL.map(Role::name);
+    let error = source.error(text.span(), format!("there is no role {}", quote(name)));
+    Err(match find_nearest(name, names) {
+        Some(nearest) => error.help(format!("did you mean `{nearest}`?")),
+        None => error.help(format!("the roles are: {}", names.join(", "))),
+    }
+    .into())
 }
 
 fn check_packages(source: &Source, texts: &[Text]) -> Result<Vec<PackageWish>> {

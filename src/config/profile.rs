@@ -11,6 +11,7 @@ use super::format::Format;
 use super::layer::Layer;
 use super::raw::{RawDisk, RawProfile, Text};
 use super::resolve::resolve_layers;
+use super::role::Role;
 use super::source::{Source, quote};
 use crate::error::find_nearest;
 
@@ -33,6 +34,15 @@ pub struct Profile {
     /// In the order in which they are laid.
     #[serde(rename = "layer")]
     pub layers: Vec<Layer>,
+}
+
+impl Profile {
+    /// What its machines are for: the roles of its layers, each once, in the order of
+    /// [`Role`].
+    pub fn roles(&self) -> Vec<Role> {
+        let has = |role: &Role| self.layers.iter().any(|layer| layer.role == Some(*role));
+        Role::ALL.into_iter().filter(has).collect()
+    }
 }
 
 /// Sizes in bytes.

@@ -14,6 +14,7 @@ pub(super) type RawVariables = BTreeMap<Text, Spanned<toml::Value>>;
 #[serde(deny_unknown_fields)]
 pub(super) struct RawLayer {
     pub description: Text,
+    pub role: Option<Text>,
     #[serde(default)]
     pub requires: Vec<Text>,
     #[serde(default)]

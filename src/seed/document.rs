@@ -1,0 +1,51 @@
+//! What a seed says.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::cluster::{Cluster, Node};
+use crate::secrets::Secret;
+
+/// The form of a seed that this program writes and reads.
+pub const FORMAT: u32 = 1;
+
+/// A node's identity, its cluster, and its secrets.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Seed {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// When it was made, in seconds since 1970, UTC.
+    pub issued: u64,
+    /// The node's name.
+    pub node: String,
+    pub cluster: Cluster,
+    /// By name; those that the node's roles need and no others.
+    pub secrets: BTreeMap<String, Secret>,
+    /// The cluster's CA, PEM.
+    pub ca: String,
+    /// The node's own certificate, PEM.
+    pub certificate: String,
+    /// The certificate's key, PKCS #8 in PEM.
+    pub key: String,
+}
+
+impl Seed {
+    /// The node's entry in the cluster; an accepted seed has it.
+    pub fn entry(&self) -> Option<&Node> {
+        self.cluster.find_node(&self.node)
+    }
+}
+
+impl fmt::Debug for Seed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Seed")
+            .field("node", &self.node)
+            .field("cluster", &self.cluster.name)
+            .field("issued", &self.issued)
+            .field("secrets", &self.secrets.keys())
+            .finish_non_exhaustive()
+    }
+}
