@@ -179,15 +179,15 @@ proptest! {
                     // It is the same cluster that lives: the plan is the one it was formed by.
                     Some(live) => {
                         prop_assert_eq!(record, Record::Forming { plan: PLAN.into() });
-                        prop_assert!(live.members.iter().any(|m| is_ours(&seen, m) && m.name.is_empty()));
+                        let mut members = live.members.iter();
+                        prop_assert!(members.any(|m| is_ours(&seen, m) && m.name.is_empty()));
                     }
                 }
             }
             Decision::JoinAsLearner { remove, wipe } => {
                 let live = live.expect("only a live cluster can be joined");
-                prop_assert!(remove.is_none_or(|id| {
-                    live.members.iter().any(|m| m.id == id && is_ours(&seen, m))
-                }));
+                let ours = |id| live.members.iter().any(|m| m.id == id && is_ours(&seen, m));
+                prop_assert!(remove.is_none_or(ours));
                 if wipe {
                     let gone = match record {
                         Record::Wiping => true,
