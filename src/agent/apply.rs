@@ -169,7 +169,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let (places, board) = (Places::under(root.path()), Board::default());
         let mut applied = Applied::default();
-        let mut lay = async |text: &str, applied: &mut Applied| {
+        let lay = async |text: &str, applied: &mut Applied| {
             apply(&places, &board, &SERVICES, applied, rendered(text)).await.unwrap()
         };
         assert!(lay("bad", &mut applied).await.is_empty());

@@ -10,10 +10,10 @@ use super::files::read_bounded;
 use super::places::Places;
 use crate::disk::fat_read::Volume;
 use crate::disk::region::Region;
+use crate::seed::{FILE_NAME, MAX_BYTES};
 
 /// Bytes that a seed may have.
-pub const MAX_SEED: u64 = 64 << 10;
-const FILE: &str = "stanchion-seed.json";
+const MAX_SEED: u64 = MAX_BYTES as u64;
 /// Bytes that the table of a volume may have; one for seeds is small.
 const MAX_VOLUME: u64 = 8 << 30;
 
@@ -29,11 +29,11 @@ pub fn find_seed(places: &Places) -> (Option<Found>, Vec<String>) {
     let looks: [(String, Look); 3] = [
         ("the credential stanchion.seed".to_string(), read_credential),
         ("the volume STANCHION".to_string(), |places| {
-            read_volume(&places.volume("STANCHION"), &[FILE])
+            read_volume(&places.volume("STANCHION"), &[FILE_NAME])
         }),
         ("the volume CIDATA".to_string(), |places| {
             let volume = find_cidata(places);
-            read_volume(&volume, &[FILE, "user-data"])
+            read_volume(&volume, &[FILE_NAME, "user-data"])
         }),
     ];
     for (place, look) in looks {

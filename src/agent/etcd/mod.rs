@@ -96,21 +96,39 @@ impl Etcd {
         let compare = json!({
             "key": wire::encode(key), "target": "CREATE", "result": "EQUAL", "create_revision": "0"
         });
-        self.transact(compare, json!({"request_put": put})).await
+        self.transact(json!([compare]), json!({"request_put": put})).await
     }
 
-    /// Delete a key if its last change was at this revision.
-    pub async fn delete_at(&self, key: &str, mod_revision: i64) -> Result<Outcome> {
-        let compare = json!({
-            "key": wire::encode(key), "target": "MOD", "result": "EQUAL",
-            "mod_revision": mod_revision.to_string()
-        });
+    /// Delete a key if its last change was at this revision, each of the `unchanged` keys
+    /// is as it was at its revision, and none of the `absent` keys exists.
+    pub async fn delete_if(
+        &self,
+        key: &str,
+        mod_revision: i64,
+        unchanged: &[(&str, i64)],
+        absent: &[&str],
+    ) -> Result<Outcome> {
+        let same = |(key, revision): &(&str, i64)| {
+            json!({
+                "key": wire::encode(key), "target": "MOD", "result": "EQUAL",
+                "mod_revision": revision.to_string()
+            })
+        };
+        let none = |key: &&str| {
+            json!({
+                "key": wire::encode(key), "target": "CREATE", "result": "EQUAL",
+                "create_revision": "0"
+            })
+        };
+        let mut compare = vec![same(&(key, mod_revision))];
+        compare.extend(unchanged.iter().map(same));
+        compare.extend(absent.iter().map(none));
         let delete = json!({"request_delete_range": {"key": wire::encode(key)}});
-        self.transact(compare, delete).await
+        self.transact(Value::Array(compare), delete).await
     }
 
     async fn transact(&self, compare: Value, success: Value) -> Result<Outcome> {
-        let answer = self.call("kv/txn", json!({"compare": [compare], "success": [success]})).await?;
+        let answer = self.call("kv/txn", json!({"compare": compare, "success": [success]})).await?;
         Ok(match answer["succeeded"].as_bool() {
             Some(true) => Outcome::Done,
             _ => Outcome::Refused,

@@ -2,10 +2,12 @@
 
 use super::{Check, OnChange, Service};
 
+const CHECK_YAML: &str = "import sys, yaml; yaml.safe_load(open(sys.argv[1]))['scope']";
+
 pub const SERVICES: &[Service] = &[
     Service {
         unit: "etcd.service",
-        files: &["/etc/default/etcd"],
+        files: &["/etc/etcd/"],
         check: None,
         // Most of it counts for the first start only, and a restart costs a vote.
         on_change: OnChange::Nothing,
@@ -15,14 +17,15 @@ pub const SERVICES: &[Service] = &[
         files: &["/etc/patroni/config.yml"],
         check: Some(Check {
             file: "/etc/patroni/config.yml",
-            program: &["patroni", "--validate-config", "--ignore-listen-port", "{}"],
+            // Patroni's own check fails while another node is down: it tries to connect.
+            program: &["python3", "-I", "-c", CHECK_YAML, "{}"],
         }),
         on_change: OnChange::Reload,
     },
     Service {
         unit: "stanchion-postgres-exporter.service",
-        files: &["/etc/default/stanchion-postgres-exporter"],
+        files: &[],
         check: None,
-        on_change: OnChange::Restart,
+        on_change: OnChange::Nothing,
     },
 ];

@@ -23,9 +23,9 @@ pub const SERVICES: &[Service] = &[
     },
     Service {
         unit: "dnsmasq.service",
-        files: &["/etc/dnsmasq.conf", "/etc/dnsmasq.d/"],
+        files: &["/etc/stanchion-dns/"],
         check: Some(Check {
-            file: "/etc/dnsmasq.conf",
+            file: "/etc/stanchion-dns/dnsmasq.conf",
             program: &["dnsmasq", "--test", "--conf-file={}"],
         }),
         on_change: OnChange::Restart,

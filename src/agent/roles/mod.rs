@@ -44,7 +44,7 @@ const EVERYWHERE: &[Service] = &[
     },
     Service {
         unit: "nftables.service",
-        files: &["/etc/nftables.conf", "/etc/nftables.d/"],
+        files: &["/etc/nftables.conf"],
         check: Some(Check { file: "/etc/nftables.conf", program: &["nft", "-c", "-f", "{}"] }),
         on_change: OnChange::Reload,
     },
@@ -62,9 +62,9 @@ const EVERYWHERE: &[Service] = &[
     },
     Service {
         unit: "prometheus-node-exporter.service",
-        files: &["/etc/default/prometheus-node-exporter"],
+        files: &[],
         check: None,
-        on_change: OnChange::Restart,
+        on_change: OnChange::Nothing,
     },
 ];
 
