@@ -1,8 +1,28 @@
 //! The cluster's shared secrets: which there are, and who gets them.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
+use anyhow::{Result, anyhow};
+use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::config::cluster::Role;
+
+/// All shared secrets by name, with the roles that need them; `fingerprint` is the key of
+/// the fingerprints by which nodes compare the others without showing them.
+pub const SECRETS: [(&str, &[Role]); 10] = [
+    ("postgres_superuser", &[Role::Db]),
+    ("postgres_replication", &[Role::Db]),
+    ("postgres_rewind", &[Role::Db]),
+    ("postgres_netbox", &[Role::Db, Role::Web]),
+    ("patroni_rest", &[Role::Db]),
+    ("redis", &[Role::Cache, Role::Web, Role::Edge]),
+    ("sentinel", &[Role::Cache, Role::Edge]),
+    ("keepalived", &[Role::Edge]),
+    ("haproxy_stats", &[Role::Edge]),
+    ("fingerprint", &Role::ALL),
+];
 
 /// Bytes that a secret may have.
 const MAX_BYTES: usize = 256;
@@ -24,6 +44,14 @@ impl Secret {
         is_fine.then_some(Secret(text))
     }
 
+    /// A new one: 256 random bits as 64 hexadecimal digits.
+    pub fn make() -> Result<Self> {
+        let mut bytes = [0; 32];
+        let filled = SystemRandom::new().fill(&mut bytes);
+        filled.map_err(|_| anyhow!("the kernel gives no random bytes"))?;
+        Ok(Secret(bytes.iter().map(|byte| format!("{byte:02x}")).collect()))
+    }
+
     /// The text itself, for where it is needed.
     pub fn reveal(&self) -> &str {
         &self.0
@@ -42,5 +70,50 @@ impl<'de> Deserialize<'de> for Secret {
         let text = String::deserialize(deserializer)
             .map_err(|_| serde::de::Error::custom("a secret that is no text"))?;
         Secret::new(text).ok_or_else(|| serde::de::Error::custom("a secret with bad characters"))
+    }
+}
+
+/// A new secret of each name.
+pub fn make_secrets() -> Result<BTreeMap<String, Secret>> {
+    SECRETS.iter().map(|(name, _)| Ok((name.to_string(), Secret::make()?))).collect()
+}
+
+/// The names of the secrets that a node with these roles gets.
+pub fn list_needed(roles: &[Role]) -> impl Iterator<Item = &'static str> {
+    let is_needed = |readers: &[Role]| readers.iter().any(|role| roles.contains(role));
+    SECRETS.iter().filter(move |(_, readers)| is_needed(readers)).map(|(name, _)| *name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_secret_shows_itself_to_nobody() {
+        let secret = Secret::new("hunter2").unwrap();
+        assert_eq!(format!("{secret:?}"), "Secret(hidden)");
+        for text in ["[\"hunter 2\"]", "[7272]", "[true]", "[{\"hunter\":2}]"] {
+            let error = serde_json::from_str::<Vec<Secret>>(text).unwrap_err().to_string();
+            assert!(!error.contains("hunter") && !error.contains("72"), "{error}");
+        }
+    }
+
+    #[test]
+    fn secrets_are_long_and_unlike_each_other() {
+        let secrets = make_secrets().unwrap();
+        let texts: std::collections::BTreeSet<&str> =
+            secrets.values().map(Secret::reveal).collect();
+        assert_eq!(texts.len(), SECRETS.len());
+        assert!(texts.iter().all(|text| text.len() == 64));
+    }
+
+    #[test]
+    fn a_role_gets_its_secrets_and_no_others() {
+        let list = |roles: &[Role]| list_needed(roles).collect::<Vec<_>>().join(" ");
+        assert_eq!(list(&[Role::Cache]), "redis sentinel fingerprint");
+        assert_eq!(list(&[Role::Web]), "postgres_netbox redis fingerprint");
+        assert_eq!(list(&[Role::Edge]), "redis sentinel keepalived haproxy_stats fingerprint");
+        assert!(list(&[Role::Db]).starts_with("postgres_superuser postgres_replication"));
+        assert!(!list(&[Role::Db]).contains("redis"));
     }
 }

@@ -119,7 +119,7 @@ fn name_expected(expected: &str) -> &str {
     match expected {
         "a sequence" => "an array",
         "a map" => "a table",
-        "u32" => "a whole number",
+        "u8" | "u32" => "a whole number",
         other => other,
     }
 }

@@ -1,17 +1,19 @@
-//! A reader of FAT32 volumes that trusts nothing in them: every number is checked before
-//! it is used, and every walk ends. Source: Microsoft's FAT32 File System Specification.
+//! A reader of FAT volumes (12, 16 and 32) that trusts nothing in them: every number is
+//! checked before it is used, and every walk ends.
+//!
+//! Source: Microsoft's FAT32 File System Specification.
 
 use std::ops::Range;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::fat_entry::ENTRY;
 use super::region::Region;
 
 /// No folder on an ESP holds more.
 const MAX_FOLDER: u64 = 4 << 20;
 /// The table of a volume of 64 GiB with clusters of 4096 bytes.
 const MAX_TABLE: u64 = 64 << 20;
-const ENTRY: usize = 32;
 const END: u32 = 0x0fff_fff8;
 
 /// An open volume.
@@ -22,7 +24,16 @@ pub struct Volume<'a> {
     table: Vec<u32>,
     cluster_size: u64,
     data: u64,
-    root: u32,
+    root: Root,
+    /// As the boot sector has it.
+    label: [u8; 11],
+}
+
+/// The root folder: on FAT32 like any other, else an area of its own.
+#[derive(Debug)]
+enum Root {
+    Cluster(u32),
+    Area(Range<u64>),
 }
 
 /// A file or a folder.
@@ -44,23 +55,46 @@ impl<'a> Volume<'a> {
         let per_cluster = u64::from(boot[13]);
         ensure!(per_cluster.is_power_of_two(), "FAT clusters of {per_cluster} sectors");
         let (reserved, tables) = (u64::from(take_u16(&boot, 14)), u64::from(boot[16]));
-        let (entries, short_table) = (take_u16(&boot, 17), take_u16(&boot, 22));
-        ensure!(entries == 0 && short_table == 0 && tables > 0, "a FAT volume, but not FAT32");
-        let table_size = u64::from(take_u32(&boot, 36)) * sector;
+        let (entries, short_table) = (u64::from(take_u16(&boot, 17)), take_u16(&boot, 22));
+        let is_fat32 = short_table == 0;
+        ensure!(tables > 0 && is_fat32 == (entries == 0), "a damaged FAT boot sector");
+        let table_sectors = if is_fat32 { take_u32(&boot, 36) } else { short_table.into() };
+        let table_size = u64::from(table_sectors) * sector;
         ensure!(table_size <= MAX_TABLE, "a FAT of {table_size} bytes");
+        let sectors = match take_u16(&boot, 19) {
+            0 => take_u32(&boot, 32),
+            few => few.into(),
+        };
 
         let cluster_size = sector * per_cluster;
-        let data = reserved * sector + tables * table_size;
-        let size = region.length().min(u64::from(take_u32(&boot, 32)) * sector);
+        let root_area = reserved * sector + tables * table_size;
+        let data = root_area + (entries * ENTRY as u64).next_multiple_of(sector);
+        let size = region.length().min(u64::from(sectors) * sector);
         let clusters = size.saturating_sub(data) / cluster_size;
         let bytes = region.read_at(reserved * sector, table_size as usize)?;
-        // The first two entries stand for no clusters.
-        let table = bytes
-            .chunks_exact(4)
-            .take(clusters as usize + 2)
-            .map(|entry| take_u32(entry, 0) & 0x0fff_ffff)
-            .collect();
-        Ok(Volume { region, table, cluster_size, data, root: take_u32(&boot, 44) })
+        let width = if is_fat32 { Width::Bits32 } else { Width::choose(clusters) };
+        let label_at = if is_fat32 { 71 } else { 43 };
+        let mut label = [b' '; 11];
+        label.copy_from_slice(&boot[label_at..label_at + 11]);
+        Ok(Volume {
+            region,
+            // The first two entries stand for no clusters.
+            table: decode_table(&bytes, width, clusters as usize + 2),
+            cluster_size,
+            data,
+            root: match is_fat32 {
+                true => Root::Cluster(take_u32(&boot, 44)),
+                false => Root::Area(root_area..root_area + entries * ENTRY as u64),
+            },
+            label,
+        })
+    }
+
+    /// The volume's name: that of its root folder, else that of its boot sector.
+    pub fn label(&self) -> Result<String> {
+        let bytes = self.read_folder(None)?;
+        let label = find_label(&bytes).unwrap_or(&self.label);
+        Ok(String::from_utf8_lossy(label).trim_end().to_string())
     }
 
     /// The file or folder with this path (parts separated by `/`, case ignored).
@@ -80,17 +114,24 @@ impl<'a> Volume<'a> {
 
     /// What is in a folder; `None` is the root.
     pub fn list(&self, folder: Option<&Entry>) -> Result<Vec<Entry>> {
-        let first = match folder {
-            None => self.root,
-            Some(entry) if entry.is_folder => entry.first,
-            Some(entry) => bail!("{} is no folder", entry.name),
+        self.read_folder(folder).map(|bytes| decode_folder(&bytes))
+    }
+
+    fn read_folder(&self, folder: Option<&Entry>) -> Result<Vec<u8>> {
+        let first = match (folder, &self.root) {
+            (None, Root::Area(area)) => {
+                return self.region.read_at(area.start, (area.end - area.start) as usize);
+            }
+            (None, Root::Cluster(first)) => *first,
+            (Some(entry), _) if entry.is_folder => entry.first,
+            (Some(entry), _) => bail!("{} is no folder", entry.name),
         };
         let clusters = self.follow(first, MAX_FOLDER.div_ceil(self.cluster_size))?;
         let mut bytes = Vec::new();
         for cluster in clusters {
             bytes.extend(self.read_cluster(cluster)?);
         }
-        Ok(decode_folder(&bytes))
+        Ok(bytes)
     }
 
     /// Part of a file. Fails when the file is shorter.
@@ -137,6 +178,52 @@ impl<'a> Volume<'a> {
         let at = self.data + u64::from(cluster - 2) * self.cluster_size;
         self.region.read_at(at, self.cluster_size as usize)
     }
+}
+
+/// Bits of an entry of the table. FAT32 is told by the boot sector, the others by how many
+/// clusters there are.
+#[derive(Clone, Copy)]
+enum Width {
+    Bits12,
+    Bits16,
+    Bits32,
+}
+
+impl Width {
+    fn choose(clusters: u64) -> Self {
+        if clusters < 4085 { Width::Bits12 } else { Width::Bits16 }
+    }
+}
+
+/// At most `most` entries; the marks of a chain's end are those of FAT32.
+fn decode_table(bytes: &[u8], width: Width, most: usize) -> Vec<u32> {
+    let widen = |entry: u32, end: u32| if entry >= end { END } else { entry };
+    match width {
+        Width::Bits12 => bytes
+            .chunks_exact(3)
+            .flat_map(|pair| {
+                let both = u32::from(take_u16(pair, 0)) | u32::from(pair[2]) << 16;
+                [widen(both & 0xfff, 0xff8), widen(both >> 12, 0xff8)]
+            })
+            .take(most)
+            .collect(),
+        Width::Bits16 => bytes
+            .chunks_exact(2)
+            .map(|entry| widen(u32::from(take_u16(entry, 0)), 0xfff8))
+            .take(most)
+            .collect(),
+        Width::Bits32 => {
+            bytes.chunks_exact(4).map(|entry| take_u32(entry, 0) & 0x0fff_ffff).take(most).collect()
+        }
+    }
+}
+
+fn find_label(folder: &[u8]) -> Option<&[u8; 11]> {
+    folder
+        .chunks_exact(ENTRY)
+        .take_while(|raw| raw[0] != 0)
+        .find(|raw| raw[0] != 0xe5 && raw[11] & 0x3f != 0x0f && raw[11] & 0x08 != 0)
+        .and_then(|raw| raw.first_chunk())
 }
 
 fn decode_folder(bytes: &[u8]) -> Vec<Entry> {
@@ -225,6 +312,7 @@ fn take_u32(bytes: &[u8], at: usize) -> u32 {
 mod tests {
     use super::*;
     use crate::disk::esp::{Content, EspFile, MIN_SIZE, write_esp};
+    use crate::disk::fat16;
     use proptest::prelude::*;
     use std::fs::File;
     use std::os::unix::fs::FileExt;
@@ -262,6 +350,24 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(128))]
+
+        #[test]
+        fn a_damaged_small_volume_never_panics(
+            boot in prop::collection::vec((0u64..64, any::<u8>()), 0..4),
+            rest in prop::collection::vec((512u64..70_000, any::<u8>()), 0..40),
+        ) {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(fat16::SIZE).unwrap();
+            let place = Region::whole(&file).unwrap();
+            fat16::write_volume(&place, "S", "a long name", &[7; 30_000], 0, 1).unwrap();
+            for (at, value) in boot.into_iter().chain(rest) {
+                file.write_all_at(&[value], at).unwrap();
+            }
+            if let Ok(volume) = Volume::open(Region::whole(&file).unwrap()) {
+                let _ = volume.label();
+                let _ = walk(&volume, None, 0);
+            }
+        }
 
         #[test]
         fn a_damaged_volume_never_panics(

@@ -5,6 +5,8 @@ pub mod erofs_merge;
 pub mod erofs_read;
 pub mod erofs_write;
 pub mod esp;
+pub mod fat16;
+mod fat_entry;
 pub mod fat_read;
 pub mod gpt;
 pub mod guid;

@@ -49,3 +49,14 @@ impl fmt::Debug for Seed {
             .finish_non_exhaustive()
     }
 }
+
+/// The file: the seed's text and the CA's signature over it. There is one way to write it,
+/// so that no byte of the file can be changed unseen.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Envelope {
+    /// A [`Seed`] in JSON.
+    pub seed: String,
+    /// Base64 of the signature over the bytes of that text.
+    pub signature: String,
+}

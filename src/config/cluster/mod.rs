@@ -4,6 +4,9 @@
 //! [`load_cluster`] reads `cluster.toml`. The keys are described in `docs/clusters.md`.
 
 mod network;
+mod raw;
+mod read;
+mod rules;
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -11,6 +14,8 @@ use serde::{Deserialize, Serialize};
 
 pub use super::role::Role;
 pub use network::Ipv4Network;
+pub use read::load_cluster;
+pub use rules::check_rules;
 
 /// All machines of one cluster, and what they have in common.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,0 +1,222 @@
+//! The cluster's directory: its CA and its shared secrets. It is made once, exists wholly
+//! or not at all, is never overwritten, and is for nobody's eyes but its owner's.
+
+use std::collections::BTreeMap;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use rustix::fs::RenameFlags;
+
+use crate::config::cluster::Cluster;
+use crate::error::UserError;
+use crate::pki::{Authority, Issued};
+use crate::secrets::{SECRETS, Secret, make_secrets};
+
+const CA: &str = "ca.pem";
+const CA_KEY: &str = "ca.key";
+const OPERATOR: &str = "operator.pem";
+const OPERATOR_KEY: &str = "operator.key";
+const SECRETS_FILE: &str = "secrets.toml";
+/// Bytes of each of them.
+const MAX_BYTES: u64 = 64 << 10;
+
+/// An open cluster directory.
+pub struct ClusterDir {
+    pub authority: Authority,
+    /// The CA's certificate, PEM.
+    pub ca: String,
+    /// All of them, by name.
+    pub secrets: BTreeMap<String, Secret>,
+}
+
+/// Where a cluster's directory is when nothing else is said: beside the cluster file,
+/// called like the cluster.
+pub fn default_path(cluster_file: &Path, cluster: &Cluster) -> PathBuf {
+    cluster_file.with_file_name(&cluster.name)
+}
+
+/// Make the directory of a new cluster, mode 0700: CA, the operator's certificate, all
+/// secrets. `now` is in seconds since 1970, UTC.
+///
+/// # Errors
+/// A [`UserError`] when there is something at the path already.
+pub fn make_directory(path: &Path, cluster: &Cluster, now: u64) -> Result<()> {
+    let (authority, ca) = Authority::make(&cluster.name, now)?;
+    let operator = authority.certify_operator(now)?;
+    let secrets = write_secrets(cluster, &make_secrets()?)?;
+    let files = list_files(&ca, &operator, &secrets);
+    if path.symlink_metadata().is_ok() {
+        return Err(refuse_second(path).into());
+    }
+    place_directory(path, &files)
+}
+
+fn list_files<'a>(
+    ca: &'a Issued,
+    operator: &'a Issued,
+    secrets: &'a str,
+) -> [(&'static str, &'a str); 6] {
+    [
+        (CA, &ca.certificate),
+        (CA_KEY, &ca.key),
+        (OPERATOR, &operator.certificate),
+        (OPERATOR_KEY, &operator.key),
+        (SECRETS_FILE, secrets),
+        // None of this belongs into a repository.
+        (".gitignore", "*\n"),
+    ]
+}
+
+/// Write all files into a new directory beside the path and give it its name in one step.
+fn place_directory(path: &Path, files: &[(&str, &str)]) -> Result<()> {
+    let making = || format!("making {}", path.display());
+    let name = path.file_name().context("the cluster's directory needs a name")?;
+    let new = path.with_file_name(format!(
+        ".{}.{}-{}",
+        name.to_string_lossy(),
+        std::process::id(),
+        &Secret::make()?.reveal()[..8]
+    ));
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    if !parent.is_dir() {
+        let what = format!("there is no directory {}", parent.display());
+        return Err(UserError::new(what).help("make it first, or name another").into());
+    }
+    DirBuilder::new().mode(0o700).create(&new).with_context(making)?;
+    let placed = fill_directory(&new, files)
+        .and_then(|()| rename_without_replacing(&new, path).with_context(making))
+        .and_then(|()| File::open(parent)?.sync_all().with_context(making));
+    if placed.is_err() {
+        // Only what this run has made: the name is random.
+        let _ = fs::remove_dir_all(&new);
+    }
+    match placed {
+        Err(error) if is_occupied(&error) => Err(refuse_second(path).into()),
+        placed => placed,
+    }
+}
+
+fn fill_directory(folder: &Path, files: &[(&str, &str)]) -> Result<()> {
+    for (name, text) in files {
+        let path = folder.join(name);
+        write_new(&path, text.as_bytes()).with_context(|| format!("writing {}", path.display()))?;
+    }
+    File::open(folder)?.sync_all().with_context(|| format!("writing {}", folder.display()))
+}
+
+/// A new file, mode 0600, on the disk when this returns.
+fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+fn rename_without_replacing(from: &Path, to: &Path) -> io::Result<()> {
+    let here = rustix::fs::CWD;
+    match rustix::fs::renameat_with(here, from, here, to, RenameFlags::NOREPLACE) {
+        // A file system that cannot: another run could only have made the name just now.
+        Err(rustix::io::Errno::INVAL) if to.symlink_metadata().is_err() => fs::rename(from, to),
+        done => done.map_err(io::Error::from),
+    }
+}
+
+fn is_occupied(error: &anyhow::Error) -> bool {
+    error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>()).any(|error| {
+        matches!(error.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::DirectoryNotEmpty)
+    })
+}
+
+fn refuse_second(path: &Path) -> UserError {
+    UserError::new(format!("{} exists already", path.display()))
+        .why("a second set of keys and secrets would lock the cluster out of its own data")
+        .help("go on with `stanchion seed`, which uses it; for another cluster name another directory with --dir")
+}
+
+fn write_secrets(cluster: &Cluster, secrets: &BTreeMap<String, Secret>) -> Result<String> {
+    let table = toml::to_string(secrets).context("writing the secrets as TOML")?;
+    Ok(format!(
+        "# The secrets of the cluster {}. Whoever reads them owns its data.\n{table}",
+        cluster.name
+    ))
+}
+
+impl ClusterDir {
+    /// Open the directory of this cluster.
+    ///
+    /// # Errors
+    /// A [`UserError`] when it is not there, is another cluster's, can be read by others,
+    /// lacks a secret, or is damaged. No error shows what the files hold.
+    pub fn open(path: &Path, cluster: &Cluster) -> Result<Self> {
+        if !path.is_dir() {
+            let what = format!("the cluster `{}` has no secrets yet", cluster.name);
+            return Err(UserError::new(what)
+                .why(format!("there is no directory {}", path.display()))
+                .help("make it with `stanchion cluster init`, or name it with --dir")
+                .into());
+        }
+        let ca = read_file(&path.join(CA), false)?;
+        let key = read_file(&path.join(CA_KEY), true)?;
+        let authority = Authority::read(&ca, &key).map_err(|error| {
+            UserError::new("the cluster's CA cannot be used")
+                .in_file(path)
+                .why(format!("{error:#}"))
+        })?;
+        let owner = &authority.certificate().organization;
+        if *owner != cluster.name {
+            let what = format!("{} belongs to another cluster", path.display());
+            let why = format!("its CA is that of `{owner}`, and the file says `{}`", cluster.name);
+            return Err(UserError::new(what).why(why).into());
+        }
+        let secrets = read_secrets(&path.join(SECRETS_FILE))?;
+        Ok(ClusterDir { authority, ca, secrets })
+    }
+}
+
+fn read_secrets(path: &Path) -> Result<BTreeMap<String, Secret>> {
+    let text = read_file(path, true)?;
+    // TOML's own errors show the line, and with it the secret.
+    let secrets: BTreeMap<String, Secret> = toml::from_str(&text).map_err(|error| {
+        let before = error.span().map_or("", |span| text.get(..span.start).unwrap_or(""));
+        UserError::new("the secrets cannot be read")
+            .at(path, 1 + before.matches('\n').count())
+            .why("each line is `name = \"secret\"`; a secret has letters, digits and `+/=_.-`")
+    })?;
+    match SECRETS.iter().find(|(name, _)| !secrets.contains_key(*name)) {
+        None => Ok(secrets),
+        Some((name, _)) => Err(UserError::new(format!("the secret `{name}` is missing"))
+            .in_file(path)
+            .help("bring the file back from a copy; its secrets cannot be made anew")
+            .into()),
+    }
+}
+
+fn read_file(path: &Path, is_secret: bool) -> Result<String> {
+    let reading = || format!("reading {}", path.display());
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(UserError::new(format!("there is no {}", path.display()))
+                .why("the cluster's directory is not whole")
+                .help("bring it back from a copy")
+                .into());
+        }
+        file => file.with_context(reading)?,
+    };
+    let mode = file.metadata().with_context(reading)?.mode() & 0o777;
+    if is_secret && mode & 0o077 != 0 {
+        return Err(UserError::new("a file with secrets is open to others")
+            .in_file(path)
+            .why(format!("its mode is {mode:04o}"))
+            .help(format!("chmod 600 {}", path.display()))
+            .into());
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_BYTES).read_to_end(&mut bytes).with_context(reading)?;
+    String::from_utf8(bytes)
+        .map_err(|_| UserError::new("the file is not UTF-8 text").in_file(path).into())
+}
