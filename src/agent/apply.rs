@@ -58,7 +58,8 @@ pub async fn apply(
             continue;
         }
         if let Err(reason) = check_candidate(places, services, &target, &file).await {
-            board.raise(&target, format!("the new file was refused, the old one is kept: {reason}"));
+            board
+                .raise(&target, format!("the new file was refused, the old one is kept: {reason}"));
             applied.refused.insert(target, file.bytes);
             continue;
         }
@@ -123,8 +124,7 @@ async fn check_candidate(
     let access = Access { mode: 0o600, ..file.access };
     write_file(&candidate, &file.bytes, access, false).map_err(|error| format!("{error:#}"))?;
     let shown = candidate.to_string_lossy();
-    let words: Vec<String> =
-        check.program.iter().map(|word| word.replace("{}", &shown)).collect();
+    let words: Vec<String> = check.program.iter().map(|word| word.replace("{}", &shown)).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let checked = run_program(&words).await;
     // It may hold secrets.

@@ -23,12 +23,7 @@ pub const STEPS: [Step<Node>; 3] = [
         retry: QUICK,
         run: |node| Box::pin(compare_secrets(node)),
     },
-    Step {
-        name: "etcd",
-        purpose: "joining etcd",
-        retry: QUICK,
-        run: |node| Box::pin(join(node)),
-    },
+    Step { name: "etcd", purpose: "joining etcd", retry: QUICK, run: |node| Box::pin(join(node)) },
     Step {
         name: "registry",
         purpose: "entering the registry",
@@ -96,7 +91,10 @@ async fn enter_registry(node: &mut Node) -> Result<Verdict> {
     }
     let differing = find_differing(node, &node.etcd).await?;
     if !differing.is_empty() {
-        return Ok(Verdict::Wait(format!("secrets differ from the cluster's: {}", differing.join(", "))));
+        return Ok(Verdict::Wait(format!(
+            "secrets differ from the cluster's: {}",
+            differing.join(", ")
+        )));
     }
     tokio::spawn(node.registry.clone().follow(node.etcd.clone()));
     tokio::spawn(keep_pulse(node.etcd.clone(), node.registry.key("pulse", &node.entry.name)));

@@ -134,7 +134,9 @@ mod tests {
     #[test]
     fn chronys_words_are_understood() {
         let tracking = |offset: &str, leap: &str| {
-            format!("C0A80001,192.168.0.1,3,1700000000.0,{offset},0.0,0.0,1,0,0.1,0.0,0.0,64,{leap}\n")
+            format!(
+                "C0A80001,192.168.0.1,3,1700000000.0,{offset},0.0,0.0,1,0,0.1,0.0,0.0,64,{leap}\n"
+            )
         };
         assert_eq!(read_tracking(&tracking("0.0001", "Normal")), None);
         assert!(read_tracking(&tracking("2.5", "Normal")).unwrap().contains("2.5 s"));

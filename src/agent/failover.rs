@@ -73,7 +73,11 @@ pub struct Observed {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Decision {
     /// Delete the leader's key if it still has this revision.
-    Delete { leader: String, mod_revision: i64, standby: String },
+    Delete {
+        leader: String,
+        mod_revision: i64,
+        standby: String,
+    },
     Wait(String),
 }
 

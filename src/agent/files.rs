@@ -29,8 +29,7 @@ pub fn write_file(path: &Path, bytes: &[u8], access: Access, durable: bool) -> R
         let beside = name_beside(path);
         // Left by a crash, perhaps with another mode.
         remove_file(&beside)?;
-        let mut file =
-            OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
         if let Some((user, group)) = access.owner {
             fchown(&file, Some(user), Some(group))?;
         }

@@ -135,9 +135,7 @@ fn decide_with_cluster(seen: &Observed, live: &Live) -> Decision {
                 other => Decision::JoinAsLearner { remove: other.map(|m| m.id), wipe: true },
             }
         }
-        Record::Joining { cluster, member }
-            if *cluster == live.cluster && unstarted(*member) =>
-        {
+        Record::Joining { cluster, member } if *cluster == live.cluster && unstarted(*member) => {
             Decision::StartExisting
         }
         Record::Forming { .. } if has_data => match ours {

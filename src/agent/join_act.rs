@@ -120,8 +120,7 @@ async fn join_as_learner(
 
 /// A client of all db nodes but this one.
 fn ask_others(node: &Node) -> Etcd {
-    let endpoints =
-        list_peers(node).map(|peer| format!("https://{}:2379", peer.address)).collect();
+    let endpoints = list_peers(node).map(|peer| format!("https://{}:2379", peer.address)).collect();
     Etcd::new(node.http.clone(), endpoints)
 }
 
@@ -257,10 +256,7 @@ mod tests {
         assert_eq!(state(), PeerState::Forming);
         write_record(&places, &Record::Member { cluster: u64::MAX, member: 3 }).unwrap();
         assert_eq!(state(), PeerState::Data);
-        assert_eq!(
-            read_record(&places).unwrap(),
-            Record::Member { cluster: u64::MAX, member: 3 }
-        );
+        assert_eq!(read_record(&places).unwrap(), Record::Member { cluster: u64::MAX, member: 3 });
         write_record(&places, &Record::Nothing).unwrap();
         fs::create_dir_all(places.etcd_data().join("n1.etcd/member")).unwrap();
         assert_eq!(state(), PeerState::Data);

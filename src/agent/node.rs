@@ -1,6 +1,8 @@
 //! A node that knows who it is: what all phases work on.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use reqwest::Client;
@@ -9,6 +11,9 @@ use super::apply::{Applied, apply};
 use super::board::Board;
 use super::etcd::Etcd;
 use super::find_seed::read_memory;
+use super::join::Record;
+use super::join_act::read_record;
+use super::observe::Shared;
 use super::places::Places;
 use super::registry::Registry;
 use super::render::{Facts, render_all};
@@ -31,6 +36,11 @@ pub struct Node {
     /// All db nodes, this one first if it is one.
     pub etcd: Etcd,
     pub registry: Registry,
+    pub shared: Shared,
+    /// Units that were started, or found running, since this agent started.
+    pub started: BTreeSet<&'static str>,
+    /// Since when this node looks for the Redis master.
+    pub cache_since: Option<Instant>,
 }
 
 impl Node {
@@ -43,7 +53,11 @@ impl Node {
         databases.sort_by_key(|node| node.name != entry.name);
         let endpoints = databases.iter().map(|node| etcd_url(node)).collect();
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        let facts = Facts::from_seed(seed.clone(), read_memory(&places), cpus);
+        let mut facts = Facts::from_seed(seed.clone(), read_memory(&places), cpus);
+        // An etcd that systemd restarts while it joins must not think it forms a cluster.
+        if !matches!(read_record(&places)?, Record::Nothing | Record::Forming { .. }) {
+            facts.etcd.state = "existing";
+        }
         {
             let mut status = board.lock();
             status.node = seed.node.clone();
@@ -54,6 +68,9 @@ impl Node {
             applied: Applied::default(),
             etcd: Etcd::new(http.clone(), endpoints),
             registry: Registry::new(&seed.cluster.name),
+            shared: Shared::default(),
+            started: BTreeSet::new(),
+            cache_since: None,
             places,
             board,
             entry,

@@ -191,7 +191,8 @@ mod tests {
 
     #[test]
     fn patronis_answers_are_read() {
-        let own: Own = serde_json::from_value(json!({"state": "running", "role": "replica"})).unwrap();
+        let own: Own =
+            serde_json::from_value(json!({"state": "running", "role": "replica"})).unwrap();
         assert!(own.is_running_replica());
         let view: View = serde_json::from_value(json!({
             "members": [

@@ -293,7 +293,8 @@ mod tests {
 
     #[tokio::test]
     async fn answers_are_read_and_hostile_ones_refused() {
-        let reply = parse("*1\r\n*4\r\n$4\r\nname\r\n$2\r\nnb\r\n$2\r\nip\r\n$8\r\n10.0.0.2\r\n").await;
+        let reply =
+            parse("*1\r\n*4\r\n$4\r\nname\r\n$2\r\nnb\r\n$2\r\nip\r\n$8\r\n10.0.0.2\r\n").await;
         assert_eq!(reply.unwrap().list()[0].find("ip"), Some("10.0.0.2"));
         assert_eq!(parse("+OK\r\n").await.unwrap(), Reply::Text("OK".into()));
         assert_eq!(parse("$-1\r\n").await.unwrap(), Reply::Nothing);

@@ -330,7 +330,8 @@ mod tests {
     #[test]
     fn a_sighting_that_is_read_again_grows_older() {
         let registry = Registry::new("c");
-        let seen = entry("/stanchion/c/seen/n2", &serde_json::to_string(&Sighting::default()).unwrap());
+        let seen =
+            entry("/stanchion/c/seen/n2", &serde_json::to_string(&Sighting::default()).unwrap());
         registry.replace(std::slice::from_ref(&seen));
         std::thread::sleep(Duration::from_millis(20));
         registry.replace(&[seen]);

@@ -167,8 +167,7 @@ impl Watcher {
             (config_key.as_str(), keys.config_revision),
             (failover_key.as_str(), keys.failover_revision),
         ];
-        let outcome =
-            self.etcd.delete_if(&leader_key, mod_revision, &unchanged, &[&pulse]).await?;
+        let outcome = self.etcd.delete_if(&leader_key, mod_revision, &unchanged, &[&pulse]).await?;
         let text = match outcome {
             Outcome::Done => format!(
                 "{} is gone: its lease was ended early (revision {mod_revision}), so that {standby} \
@@ -200,10 +199,8 @@ fn read_keys(service: &str, entries: &[KeyValue]) -> Keys {
         let json = || serde_json::from_str::<Value>(&entry.value).unwrap_or(Value::Null);
         match entry.key.strip_prefix(service) {
             Some("leader") => {
-                keys.leader = Some(LeaderKey {
-                    name: entry.value.clone(),
-                    mod_revision: entry.mod_revision,
-                });
+                keys.leader =
+                    Some(LeaderKey { name: entry.value.clone(), mod_revision: entry.mod_revision });
             }
             Some("sync") => {
                 let value = json();

@@ -80,8 +80,7 @@ impl Etcd {
     /// Write a key; with a lease it goes when the lease goes.
     pub async fn put(&self, key: &str, value: &str, lease: Option<i64>) -> Result<()> {
         let lease = lease.unwrap_or(0).to_string();
-        let body =
-            json!({"key": wire::encode(key), "value": wire::encode(value), "lease": lease});
+        let body = json!({"key": wire::encode(key), "value": wire::encode(value), "lease": lease});
         self.call("kv/put", body).await.map(drop)
     }
 
@@ -238,7 +237,13 @@ impl Etcd {
         Err(failure)
     }
 
-    async fn ask(&self, endpoint: &str, path: &str, body: &Value, limit: Duration) -> Result<Value> {
+    async fn ask(
+        &self,
+        endpoint: &str,
+        path: &str,
+        body: &Value,
+        limit: Duration,
+    ) -> Result<Value> {
         let asked = async {
             let url = format!("{endpoint}/v3/{path}");
             let mut response = self

@@ -174,8 +174,7 @@ mod tests {
         });
         let listing = read_listing(&answer).unwrap();
         assert_eq!(listing.revision, 17);
-        let expected =
-            KeyValue { key: "/a".into(), value: "x".into(), mod_revision: 9, lease: 5 };
+        let expected = KeyValue { key: "/a".into(), value: "x".into(), mod_revision: 9, lease: 5 };
         assert_eq!(listing.entries, [expected]);
         assert!(read_listing(&json!({"kvs": [{"key": "%"}]})).is_err());
     }

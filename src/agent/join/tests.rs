@@ -78,10 +78,7 @@ fn a_fresh_disk_replaces_the_dead_member_of_its_name() {
 fn a_node_that_was_added_and_crashed_goes_on_where_it_was() {
     let members = [listed(1, 21, false), listed(2, 12, true), listed(3, 13, true)];
     let record = Record::Joining { cluster: 7, member: 21 };
-    assert_eq!(
-        decide(&observe(record, false, live(&members), empty())),
-        Decision::StartExisting
-    );
+    assert_eq!(decide(&observe(record, false, live(&members), empty())), Decision::StartExisting);
     // It crashed before it could write the id down.
     assert_eq!(
         decide(&observe(Record::Nothing, false, live(&members), empty())),
@@ -113,10 +110,7 @@ fn stale_data_go_only_when_the_member_was_removed() {
 fn after_a_power_loss_of_all_each_starts_with_what_it_has() {
     let record = Record::Member { cluster: 7, member: 11 };
     let silent = || [Peer::Unreachable("no route".into()), Peer::Unreachable("no route".into())];
-    assert_eq!(
-        decide(&observe(record.clone(), true, None, silent())),
-        Decision::StartExisting
-    );
+    assert_eq!(decide(&observe(record.clone(), true, None, silent())), Decision::StartExisting);
     // A node that has lost its data never starts a second cluster.
     assert!(matches!(decide(&observe(record, false, None, empty())), Decision::Wait(_)));
 }
@@ -132,7 +126,8 @@ fn any_record() -> impl Strategy<Value = Record> {
     prop_oneof![
         Just(Record::Nothing),
         Just(Record::Wiping),
-        prop_oneof![Just(PLAN), Just("other")].prop_map(|plan| Record::Forming { plan: plan.into() }),
+        prop_oneof![Just(PLAN), Just("other")]
+            .prop_map(|plan| Record::Forming { plan: plan.into() }),
         (6u64..9, 10u64..14).prop_map(|(cluster, member)| Record::Joining { cluster, member }),
         (6u64..9, 10u64..14).prop_map(|(cluster, member)| Record::Member { cluster, member }),
     ]
@@ -151,7 +146,9 @@ fn any_peer() -> impl Strategy<Value = Peer> {
 fn any_live() -> impl Strategy<Value = Option<Live>> {
     let member = (1u64..4, 10u64..14, any::<bool>()).prop_map(|(n, id, on)| listed(n, id, on));
     let members = proptest::collection::vec(member, 0..4);
-    proptest::option::of((6u64..9, members).prop_map(|(cluster, members)| Live { cluster, members }))
+    proptest::option::of(
+        (6u64..9, members).prop_map(|(cluster, members)| Live { cluster, members }),
+    )
 }
 
 proptest! {

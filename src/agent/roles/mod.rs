@@ -71,15 +71,22 @@ const EVERYWHERE: &[Service] = &[
 /// The services of a node with these roles, those of the system first.
 pub fn list_services(roles: &[Role]) -> Vec<Service> {
     let mut services = EVERYWHERE.to_vec();
-    for role in roles {
-        services.extend_from_slice(match role {
+    services.extend(list_role_services(roles));
+    services
+}
+
+/// The services of these roles alone, in the order in which they start.
+pub fn list_role_services(roles: &[Role]) -> impl Iterator<Item = Service> {
+    roles
+        .iter()
+        .copied()
+        .flat_map(|role| match role {
             Role::Db => db::SERVICES,
             Role::Cache => cache::SERVICES,
             Role::Edge => edge::SERVICES,
             Role::Web => &[],
-        });
-    }
-    services
+        })
+        .copied()
 }
 
 impl Service {
