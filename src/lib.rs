@@ -33,6 +33,8 @@ pub mod pki;
 pub mod secrets;
 pub mod seed;
 
+pub mod agent;
+
 pub mod lab;
 
 pub mod cli;

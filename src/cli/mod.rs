@@ -1,5 +1,6 @@
 //! The command line: clap's types, and one function for each verb.
 
+mod agent;
 mod build;
 mod doctor;
 mod inspect;
@@ -8,6 +9,7 @@ mod lock;
 mod profile;
 mod store;
 
+use std::ffi::OsStr;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -87,8 +89,12 @@ pub struct FetchArgs {
     pub jobs: Option<u16>,
 }
 
-/// Run the command line of this process.
+/// Run the command line of this process: the agent's when that is its name.
 pub fn run() -> ExitCode {
+    let name = std::env::args_os().next().map(PathBuf::from);
+    if name.is_some_and(|name| name.file_name() == Some(OsStr::new("stanchion-agent"))) {
+        return agent::run();
+    }
     let cli = Cli::parse();
     let mode = Mode::choose(cli.quiet, cli.json);
     let context = Context { project: cli.project, progress: Progress::new(mode), json: cli.json };
