@@ -1,23 +1,21 @@
 use std::io::Write;
-use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
 use super::{Context, FetchArgs};
+use crate::config::cluster::Ipv4Network;
 use crate::config::profile::Profile;
 use crate::config::{Format, Project};
 use crate::error::UserError;
-use crate::lab::{self, Lab, Network, NodeSpec, Nspawn, Places, Spec, Status, console};
+use crate::lab::{self, Lab, Nspawn, Places, Spec, Status, console};
 use crate::pipeline::{self, FetchOptions, Source};
 use crate::progress::print_line;
 use crate::tools::set;
 
 /// Of every lab: no two can meet.
-const NETWORK: Network = Network { address: Ipv4Addr::new(10, 88, 0, 0), prefix: 24 };
-/// The first node's host number.
-const FIRST: u32 = 11;
+const NETWORK: &str = "10.88.0.0/24";
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 
 /// Run a throw-away cluster of built images on this machine, and break it
@@ -169,6 +167,10 @@ fn up(context: &Context, places: &Places, args: Up) -> Result<()> {
             .help(format!("stanchion lab down --name {name}, or name another with --name"))
             .into());
     }
+    let profile = project.load_profile(&args.profile)?;
+    let network: Ipv4Network = NETWORK.parse().map_err(anyhow::Error::msg)?;
+    let roles = profile.roles();
+    let cluster = lab::plan_cluster(name, network, args.nodes, &args.profile, &roles)?;
     let options = pipeline::BuildOptions {
         out: args.out.clone(),
         formats: vec![Format::Raw],
@@ -180,21 +182,16 @@ fn up(context: &Context, places: &Places, args: Up) -> Result<()> {
     for (_, built) in pipeline::build(&project, &profiles, &options, &context.progress)? {
         built?;
     }
-    let profile = project.load_profile(&args.profile)?;
     let nspawn = match Nspawn::find_on_host() {
         Some(nspawn) => nspawn,
         None => provide_nspawn(context, &project, &profile, &options.fetch)?,
     };
-    let image = args.out.join(format!("{}.raw", args.profile));
-    let nodes = (0..u32::from(args.nodes))
-        .map(|index| NodeSpec {
-            name: format!("n{}", index + 1),
-            address: Ipv4Addr::from_bits(NETWORK.address.to_bits() + FIRST + index),
-            image: image.clone(),
-            seed: None,
-        })
-        .collect();
-    let spec = Spec { name: name.clone(), network: NETWORK, nspawn, nodes };
+    let find_image = |profile: &str| args.out.join(format!("{profile}.raw"));
+    let mut spec = Spec::of_cluster(name, nspawn, cluster, find_image);
+    if !profile.layers.iter().any(|layer| layer.agent) {
+        context.progress.warn("the profile has no agent: its nodes start without a seed");
+        spec.cluster = None;
+    }
     let lab = Lab::create(places, &spec)?;
     start_all(context, &lab)?;
     show_status(context, &lab)?;
@@ -243,7 +240,7 @@ fn show_status(context: &Context, lab: &Lab) -> Result<()> {
     if context.json {
         let event = serde_json::json!({
             "event": "lab", "name": lab.name(), "network": lab.network(),
-            "operator": lab.network().find_operator(), "nodes": all,
+            "operator": lab.operator(), "nodes": all,
         });
         print_line(&event.to_string());
         return Ok(());

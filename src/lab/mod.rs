@@ -4,6 +4,7 @@
 //! Needs root, cgroup v2 (beside v1, too), and erofs and overlay file systems.
 
 mod cgroup;
+mod cluster;
 pub mod console;
 mod network;
 mod nspawn;
@@ -22,11 +23,14 @@ use anyhow::{Context, Result, anyhow, bail};
 use rustix::fs::MemfdFlags;
 use serde::Serialize;
 
+use crate::cluster_dir::ClusterDir;
 use crate::command::Command;
+use crate::config::cluster::{Cluster, Ipv4Network};
 use crate::error::{UserError, find_nearest};
 use crate::store;
 
-pub use network::Network;
+pub use cluster::plan_cluster;
+pub use network::find_operator;
 pub use nspawn::{Nspawn, serve_if_asked};
 pub use process::Process;
 pub use state::Places;
@@ -47,9 +51,36 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin";
 #[derive(Debug, Clone)]
 pub struct Spec {
     pub name: String,
-    pub network: Network,
+    /// With a prefix of 8 to 29 bits.
+    pub network: Ipv4Network,
     pub nspawn: Nspawn,
     pub nodes: Vec<NodeSpec>,
+    /// What the nodes are to be seeded for; it has them all. Without one the lab gives each
+    /// node its address, and nothing else is set up in it.
+    pub cluster: Option<Cluster>,
+}
+
+impl Spec {
+    /// A lab of a whole cluster; `find_image` gives the raw disk of a profile.
+    pub fn of_cluster(
+        name: &str,
+        nspawn: Nspawn,
+        cluster: Cluster,
+        find_image: impl Fn(&str) -> PathBuf,
+    ) -> Self {
+        let node = |node: &crate::config::cluster::Node| NodeSpec {
+            name: node.name.clone(),
+            address: node.address,
+            image: find_image(&node.profile),
+        };
+        Spec {
+            name: name.to_string(),
+            network: cluster.network,
+            nspawn,
+            nodes: cluster.nodes.iter().map(node).collect(),
+            cluster: Some(cluster),
+        }
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -60,9 +91,6 @@ pub struct NodeSpec {
     pub address: Ipv4Addr,
     /// A raw disk as `stanchion build` writes it; only read.
     pub image: PathBuf,
-    /// The bytes of its seed. Without one the lab gives the node its address, and nothing
-    /// else is set up in it.
-    pub seed: Option<Vec<u8>>,
 }
 
 /// A lab that was made, by this process or by an earlier one.
@@ -179,8 +207,30 @@ impl Lab {
         &self.state.name
     }
 
-    pub fn network(&self) -> &Network {
-        &self.state.network
+    pub fn network(&self) -> Ipv4Network {
+        self.state.network
+    }
+
+    /// The address from which [`Lab::enter_network`] speaks.
+    pub fn operator(&self) -> Ipv4Addr {
+        find_operator(self.state.network)
+    }
+
+    pub fn cluster(&self) -> Option<&Cluster> {
+        self.state.cluster.as_ref()
+    }
+
+    /// The directory with the CA, the operator's certificate and the secrets of the cluster.
+    pub fn secrets(&self) -> PathBuf {
+        self.folder.secrets()
+    }
+
+    /// A new seed for a node of the cluster.
+    pub fn make_seed(&self, node: &str) -> Result<Vec<u8>> {
+        let node = self.find(node)?;
+        let cluster = self.cluster().context("the lab has no cluster")?;
+        let directory = ClusterDir::open(&self.folder.secrets(), cluster)?;
+        cluster::make_seed(cluster, &directory, &node.name)
     }
 
     pub fn list_nodes(&self) -> Vec<&str> {
@@ -314,7 +364,7 @@ impl Lab {
     /// Give a node another seed, or none, from its next start on.
     pub fn set_seed(&self, node: &str, seed: Option<&[u8]>) -> Result<()> {
         let node = self.find(node)?;
-        give_seed(&self.folder(node), &self.state.network, node.address, seed)
+        give_seed(&self.folder(node), self.state.network, node.address, seed)
     }
 
     /// Run a command in a node, as root there, for at most `limit`.
@@ -467,9 +517,9 @@ fn explain_down(node: &str) -> UserError {
 
 fn check(spec: &Spec) -> Result<()> {
     let mistake = |text: String| Err(UserError::new(text).into());
-    let network = &spec.network;
-    if !(8..=29).contains(&network.prefix) || !network.contains(network.address) {
-        return mistake(format!("{}/{} is no lab's network", network.address, network.prefix));
+    let network = spec.network;
+    if !(8..=29).contains(&network.prefix()) {
+        return mistake(format!("{network} is no lab's network"));
     }
     if spec.nodes.is_empty() || spec.nodes.len() > 99 {
         return mistake(format!("a lab has 1 to 99 nodes, not {}", spec.nodes.len()));
@@ -479,9 +529,9 @@ fn check(spec: &Spec) -> Result<()> {
         if !state::is_name(&node.name) || earlier.iter().any(|other| other.name == node.name) {
             return mistake(format!("`{}` is no name for one node", node.name));
         }
-        let taken = node.address == network.find_operator()
+        let taken = node.address == find_operator(network)
             || earlier.iter().any(|other| other.address == node.address);
-        if taken || !network.contains(node.address) || node.address == network.address {
+        if taken || !network.has_host(node.address) {
             return mistake(format!("node `{}` cannot have {}", node.name, node.address));
         }
         if !node.image.is_file() {
@@ -504,25 +554,38 @@ fn describe(spec: &Spec) -> Result<State> {
         })
     };
     let nodes = spec.nodes.iter().enumerate().map(describe).collect::<Result<_>>()?;
-    Ok(State::new(&spec.name, spec.network, spec.nspawn.clone(), nodes))
+    let (nspawn, cluster) = (spec.nspawn.clone(), spec.cluster.clone());
+    Ok(State::new(&spec.name, spec.network, nspawn, nodes, cluster))
 }
 
 fn make(folder: &Folder, spec: &Spec, state: &State) -> Result<()> {
     folder.save(state)?;
+    let secrets = match &spec.cluster {
+        Some(cluster) => {
+            fs::write(folder.cluster_file(), cluster::write_file(cluster)?)
+                .context("writing the cluster file")?;
+            Some((cluster, cluster::make_secrets(&folder.secrets(), cluster)?))
+        }
+        None => None,
+    };
     for node in &spec.nodes {
         let place = folder.node(&node.name);
         place.create()?;
-        give_seed(&place, &spec.network, node.address, node.seed.as_deref())?;
+        let seed = match &secrets {
+            Some((cluster, directory)) => Some(cluster::make_seed(cluster, directory, &node.name)?),
+            None => None,
+        };
+        give_seed(&place, spec.network, node.address, seed.as_deref())?;
     }
     let group = folder.find_group()?;
     group.create()?;
     group.delegate();
-    network::create(&spec.network, &folder.pin())
+    network::create(spec.network, &folder.pin())
 }
 
 fn give_seed(
     folder: &NodeFolder,
-    network: &Network,
+    network: Ipv4Network,
     address: Ipv4Addr,
     seed: Option<&[u8]>,
 ) -> Result<()> {
@@ -530,12 +593,15 @@ fn give_seed(
     match seed {
         Some(bytes) => {
             remove(&folder.address())?;
+            // Its folder is for root alone.
             store::write_atomically(&folder.seed(), bytes)
         }
         None => {
             remove(&folder.seed())?;
-            let text =
-                format!("[Match]\nName=host0\n\n[Network]\nAddress={address}/{}\n", network.prefix);
+            let text = format!(
+                "[Match]\nName=host0\n\n[Network]\nAddress={address}/{}\n",
+                network.prefix()
+            );
             store::write_atomically(&folder.address(), text.as_bytes())
         }
     }

@@ -13,9 +13,9 @@ use anyhow::{Context, Result};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, mount_bind, unmount};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
-use serde::{Deserialize, Serialize};
 
 use super::process::run_in_thread;
+use crate::config::cluster::Ipv4Network;
 use crate::error::UserError;
 
 /// The bridge's name inside the namespace.
@@ -26,32 +26,13 @@ const SIOCBRADDBR: libc::c_ulong = 0x89a0;
 const SIOCBRADDIF: libc::c_ulong = 0x89a2;
 const SIOCBRDELIF: libc::c_ulong = 0x89a3;
 
-/// The addresses of a lab's network.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Network {
-    /// The network's own address: the lowest.
-    pub address: Ipv4Addr,
-    /// Bits of the network's part, 8 to 29.
-    pub prefix: u8,
-}
-
-impl Network {
-    /// The last usable address: the operator's, on the bridge.
-    pub fn find_operator(&self) -> Ipv4Addr {
-        Ipv4Addr::from_bits((self.address.to_bits() | !self.mask()) - 1)
-    }
-
-    pub fn contains(&self, address: Ipv4Addr) -> bool {
-        address.to_bits() & self.mask() == self.address.to_bits() & self.mask()
-    }
-
-    fn mask(&self) -> u32 {
-        u32::MAX << (32 - u32::from(self.prefix))
-    }
+/// The last usable address: the operator's, on the bridge.
+pub fn find_operator(network: Ipv4Network) -> Ipv4Addr {
+    Ipv4Addr::from_bits(network.broadcast().to_bits() - 1)
 }
 
 /// Make the namespace with its bridge, and keep it at `pin`, a file that is made.
-pub fn create(network: &Network, pin: &Path) -> Result<()> {
+pub fn create(network: Ipv4Network, pin: &Path) -> Result<()> {
     File::create(pin).with_context(|| format!("making {}", pin.display()))?;
     run_in_thread(|| -> Result<()> {
         // SAFETY: no memory or descriptor table is unshared.
@@ -135,7 +116,7 @@ pub fn plug(pin: &Path, interface: &str, plugged: bool) -> Result<()> {
 }
 
 /// In the namespace of this thread: raise the loopback, make the bridge, address it.
-fn make_bridge(network: &Network) -> io::Result<()> {
+fn make_bridge(network: Ipv4Network) -> io::Result<()> {
     let socket = UdpSocket::bind("0.0.0.0:0")?;
     raise(&socket, "lo")?;
     let mut name = [0_u8; libc::IFNAMSIZ];
@@ -152,15 +133,19 @@ fn make_bridge(network: &Network) -> io::Result<()> {
     request.ifr_ifru.ifru_hwaddr = address;
     control(&socket, libc::SIOCSIFHWADDR, &mut request)?;
 
-    for (verb, address) in [
-        (libc::SIOCSIFADDR, network.find_operator()),
-        (libc::SIOCSIFNETMASK, Ipv4Addr::from_bits(network.mask())),
-    ] {
+    for (verb, address) in
+        [(libc::SIOCSIFADDR, find_operator(network)), (libc::SIOCSIFNETMASK, find_mask(network))]
+    {
         let mut request = name_interface(BRIDGE);
         request.ifr_ifru.ifru_addr = describe_address(address);
         control(&socket, verb, &mut request)?;
     }
     raise(&socket, BRIDGE)
+}
+
+fn find_mask(network: Ipv4Network) -> Ipv4Addr {
+    let hosts = network.address().to_bits() ^ network.broadcast().to_bits();
+    Ipv4Addr::from_bits(!hosts)
 }
 
 fn raise(socket: &UdpSocket, interface: &str) -> io::Result<()> {
@@ -210,11 +195,10 @@ mod tests {
 
     #[test]
     fn the_operator_has_the_last_usable_address() {
-        let network = Network { address: Ipv4Addr::new(10, 88, 0, 0), prefix: 24 };
-        assert_eq!(network.find_operator(), Ipv4Addr::new(10, 88, 0, 254));
-        assert!(network.contains(Ipv4Addr::new(10, 88, 0, 11)));
-        assert!(!network.contains(Ipv4Addr::new(10, 88, 1, 11)));
-        let small = Network { address: Ipv4Addr::new(192, 168, 7, 16), prefix: 29 };
-        assert_eq!(small.find_operator(), Ipv4Addr::new(192, 168, 7, 22));
+        let network = |text: &str| text.parse::<Ipv4Network>().unwrap();
+        assert_eq!(find_operator(network("10.88.0.0/24")), Ipv4Addr::new(10, 88, 0, 254));
+        let small = network("192.168.7.16/29");
+        assert_eq!(find_operator(small), Ipv4Addr::new(192, 168, 7, 22));
+        assert_eq!(find_mask(small), Ipv4Addr::new(255, 255, 255, 248));
     }
 }

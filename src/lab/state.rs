@@ -2,6 +2,8 @@
 //!
 //! ```text
 //! labs/NAME/lab.json           the lab as it was asked for
+//! labs/NAME/cluster.toml       its cluster, where it has one, and
+//! labs/NAME/cluster/           that cluster's CA and secrets
 //! labs/NAME/network            its network namespace, mounted
 //! labs/NAME/nodes/NODE/var/    the node's /var
 //! labs/NAME/nodes/NODE/...     its console, its seed, and what runs while it runs
@@ -20,9 +22,9 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use super::cgroup::{Group, Hierarchies};
-use super::network::Network;
 use super::nspawn::Nspawn;
 use super::process;
+use crate::config::cluster::{Cluster, Ipv4Network};
 use crate::digest::Digest;
 use crate::error::UserError;
 use crate::store;
@@ -111,6 +113,15 @@ impl Folder {
 
     pub fn pin(&self) -> PathBuf {
         self.path.join("network")
+    }
+
+    /// The CA and the secrets of its cluster.
+    pub fn secrets(&self) -> PathBuf {
+        self.path.join("cluster")
+    }
+
+    pub fn cluster_file(&self) -> PathBuf {
+        self.path.join("cluster.toml")
     }
 
     pub fn node(&self, name: &str) -> NodeFolder {
@@ -222,9 +233,11 @@ fn lock(folder: &Path, exclusive: bool, what: &str) -> Result<File> {
 pub struct State {
     format: u32,
     pub name: String,
-    pub network: Network,
+    pub network: Ipv4Network,
     pub nspawn: Nspawn,
     pub nodes: Vec<NodeState>,
+    /// What its nodes have seeds of.
+    pub cluster: Option<Cluster>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -238,8 +251,14 @@ pub struct NodeState {
 }
 
 impl State {
-    pub fn new(name: &str, network: Network, nspawn: Nspawn, nodes: Vec<NodeState>) -> Self {
-        State { format: FORMAT, name: name.to_string(), network, nspawn, nodes }
+    pub fn new(
+        name: &str,
+        network: Ipv4Network,
+        nspawn: Nspawn,
+        nodes: Vec<NodeState>,
+        cluster: Option<Cluster>,
+    ) -> Self {
+        State { format: FORMAT, name: name.to_string(), network, nspawn, nodes, cluster }
     }
 }
 
