@@ -28,4 +28,6 @@ pub mod disk;
 pub mod output;
 pub mod pipeline;
 
+pub mod lab;
+
 pub mod cli;

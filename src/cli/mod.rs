@@ -3,6 +3,7 @@
 mod build;
 mod doctor;
 mod inspect;
+mod lab;
 mod lock;
 mod profile;
 mod store;
@@ -47,6 +48,7 @@ enum Verb {
     Inspect(inspect::Args),
     Profile(profile::Args),
     Doctor(doctor::Args),
+    Lab(lab::Args),
     Store(store::Args),
     /// Print a completion script for a shell
     #[command(
@@ -96,6 +98,7 @@ pub fn run() -> ExitCode {
         Verb::Inspect(args) => inspect::run(&context, args),
         Verb::Profile(args) => profile::run(&context, args),
         Verb::Doctor(args) => doctor::run(&context, args),
+        Verb::Lab(args) => lab::run(&context, args),
         Verb::Store(args) => store::run(&context, args),
         Verb::Completions { shell } => {
             print_completions(shell);
