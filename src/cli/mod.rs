@@ -2,10 +2,12 @@
 
 mod agent;
 mod build;
+mod cluster;
 mod doctor;
 mod inspect;
 mod lock;
 mod profile;
+mod seed;
 mod store;
 
 use std::ffi::OsStr;
@@ -48,6 +50,8 @@ enum Verb {
     Lock(lock::Args),
     Inspect(inspect::Args),
     Profile(profile::Args),
+    Cluster(cluster::Args),
+    Seed(seed::Args),
     Doctor(doctor::Args),
     Store(store::Args),
     /// Print a completion script for a shell
@@ -101,6 +105,8 @@ pub fn run() -> ExitCode {
         Verb::Lock(args) => lock::run(&context, args),
         Verb::Inspect(args) => inspect::run(&context, args),
         Verb::Profile(args) => profile::run(&context, args),
+        Verb::Cluster(args) => cluster::run(&context, args),
+        Verb::Seed(args) => seed::run(&context, args),
         Verb::Doctor(args) => doctor::run(&context, args),
         Verb::Store(args) => store::run(&context, args),
         Verb::Completions { shell } => {
