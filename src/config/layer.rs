@@ -45,6 +45,8 @@ pub struct Layer {
     pub exclude: Vec<String>,
     /// Shell command lines run inside the root once the files are laid.
     pub commands: Vec<String>,
+    /// Whether the layer carries a copy of the running program as the node's agent.
+    pub agent: bool,
     pub cmdline: Vec<String>,
     pub units: Units,
     pub remove: Vec<Removal>,
@@ -199,6 +201,7 @@ fn check_layer(
         recommends: raw.recommends,
         exclude: check_all(&raw.exclude, &|text| check_pattern(source, "exclude", text))?,
         commands: check_all(&raw.commands, &|text| check_text(source, "commands", text))?,
+        agent: raw.agent,
         cmdline: check_all(&raw.kernel.cmdline, &|text| check_argument(source, text))?,
         units: check_units(source, &raw.units)?,
         remove: raw

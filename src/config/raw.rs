@@ -30,6 +30,8 @@ pub(super) struct RawLayer {
     #[serde(default)]
     pub commands: Vec<Text>,
     #[serde(default)]
+    pub agent: bool,
+    #[serde(default)]
     pub artifact: Vec<RawArtifact>,
     #[serde(default)]
     pub user: Vec<RawUser>,

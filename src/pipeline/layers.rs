@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::agent;
 use super::sets;
 use super::source::Source;
 use super::templates;
@@ -149,6 +150,7 @@ impl LayerBuilder<'_> {
         let nothing = files.is_empty()
             && layer.artifacts.is_empty()
             && layer.commands.is_empty()
+            && !layer.agent
             && units.enable.is_empty()
             && units.disable.is_empty()
             && units.mask.is_empty();
@@ -166,6 +168,10 @@ impl LayerBuilder<'_> {
                 format!("{}:{} {:o}", artifact.owner, artifact.group, artifact.mode),
             );
         }
+        let program = layer.agent.then(agent::read_program).transpose()?;
+        if let Some(program) = &program {
+            key.add(format!("agent {}", agent::PATH), Digest::of(program).as_bytes());
+        }
         for (what, names) in
             [("enable", &units.enable), ("disable", &units.disable), ("mask", &units.mask)]
         {
@@ -178,21 +184,25 @@ impl LayerBuilder<'_> {
         });
 
         self.provide(layer, "files", key, below, |scratch| {
+            let mut artifacts: Vec<Artifact> = layer
+                .artifacts
+                .iter()
+                .map(|artifact| Artifact {
+                    path: self.source.store.file_path(&artifact.sha256),
+                    target: artifact.path.clone(),
+                    unpack: artifact.unpack.then_some(artifact.strip as usize),
+                    owner: artifact.owner.clone(),
+                    group: artifact.group.clone(),
+                    mode: artifact.mode,
+                })
+                .collect();
+            if let Some(program) = &program {
+                artifacts.push(describe_agent(program, scratch)?);
+            }
             let job = FilesJob {
                 common: self.describe_common(layer, below, scratch),
                 files: place(profile, &files, Some(scratch), &mut Key::default())?,
-                artifacts: layer
-                    .artifacts
-                    .iter()
-                    .map(|artifact| Artifact {
-                        path: self.source.store.file_path(&artifact.sha256),
-                        target: artifact.path.clone(),
-                        unpack: artifact.unpack.then_some(artifact.strip as usize),
-                        owner: artifact.owner.clone(),
-                        group: artifact.group.clone(),
-                        mode: artifact.mode,
-                    })
-                    .collect(),
+                artifacts,
                 enable: units.enable.clone(),
                 disable: units.disable.clone(),
                 mask: units.mask.clone(),
@@ -319,6 +329,20 @@ impl LayerBuilder<'_> {
         }
         Ok(())
     }
+}
+
+/// The agent's program as a file for the sandbox, written to `scratch`.
+fn describe_agent(program: &[u8], scratch: &Path) -> Result<Artifact> {
+    let path = scratch.join("agent");
+    fs::write(&path, program).with_context(|| format!("writing {}", path.display()))?;
+    Ok(Artifact {
+        path,
+        target: agent::PATH.into(),
+        unpack: None,
+        owner: "root".to_string(),
+        group: "root".to_string(),
+        mode: agent::MODE,
+    })
 }
 
 /// Describe files for the sandbox and add each to `key`. Templates are rendered; with

@@ -1,5 +1,6 @@
 //! The whole build as one list of verbs.
 
+mod agent;
 mod image;
 mod layers;
 mod manifest;

@@ -194,7 +194,7 @@ fn units_are_masked_enabled_and_disabled_as_the_layers_say() {
 }
 
 /// Files of packages that the image replaces by its own.
-const REPLACED: [&str; 2] = ["etc/nftables.conf", "usr/lib/os-release"];
+const REPLACED: [&str; 1] = ["usr/lib/os-release"];
 
 #[test]
 fn files_are_those_of_the_packages_with_their_owners_and_modes() {
