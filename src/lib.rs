@@ -6,6 +6,7 @@
 pub mod command;
 pub mod digest;
 pub mod error;
+pub mod files;
 pub mod progress;
 
 pub mod debian;

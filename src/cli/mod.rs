@@ -2,11 +2,13 @@
 
 mod agent;
 mod build;
+mod cluster;
 mod doctor;
 mod inspect;
 mod lab;
 mod lock;
 mod profile;
+mod seed;
 mod store;
 
 use std::ffi::OsStr;
@@ -49,6 +51,8 @@ enum Verb {
     Lock(lock::Args),
     Inspect(inspect::Args),
     Profile(profile::Args),
+    Cluster(cluster::Args),
+    Seed(seed::Args),
     Doctor(doctor::Args),
     Lab(lab::Args),
     Store(store::Args),
@@ -103,6 +107,8 @@ pub fn run() -> ExitCode {
         Verb::Lock(args) => lock::run(&context, args),
         Verb::Inspect(args) => inspect::run(&context, args),
         Verb::Profile(args) => profile::run(&context, args),
+        Verb::Cluster(args) => cluster::run(&context, args),
+        Verb::Seed(args) => seed::run(&context, args),
         Verb::Doctor(args) => doctor::run(&context, args),
         Verb::Lab(args) => lab::run(&context, args),
         Verb::Store(args) => store::run(&context, args),

@@ -149,10 +149,11 @@ fn haproxy_takes_its_configuration() {
 }
 
 /// All that keepalived has against a machine with no interface but its loopback.
-const LOOPBACK: [&str; 3] = [
+const LOOPBACK: [&str; 4] = [
     "cannot use a loopback interface (lo) for vrrp - ignoring",
     "no interface for vip 10.9.0.100 - removing",
     "No VIP specified; at least one is sensible",
+    "Unknown interface!",
 ];
 
 #[test]

@@ -34,7 +34,8 @@ pub fn list_kinds() -> Vec<Kind> {
     };
     vec![
         node,
-        Kind { label: "replica", number: 2, ..node },
+        Kind { label: "second", number: 2, ..node },
+        Kind { label: "third", number: 3, ..node },
         Kind { label: "single", single: true, vip: None, ..node },
         Kind { label: "single-with-vip", single: true, ..node },
         Kind { label: "db", profile: "db", roles: &["db"], ..node },
