@@ -44,10 +44,8 @@ pub fn answer_bootstrap(places: &Places, node: &str, plan: &str) -> Result<Boots
 /// One round: look, decide, do. `Done` when this node is a voting member of a cluster with
 /// a majority.
 pub async fn join_etcd(node: &mut Node) -> Result<Verdict> {
-    let own = node.ask_etcd_of(&node.entry);
     if query_unit(UNIT).await? == Active::Running
-        && let Ok(live) = own.list_members().await
-        && let Some(verdict) = take_part(node, &own, &live).await?
+        && let Some(verdict) = take_part(node).await?
     {
         return Ok(verdict);
     }
@@ -74,19 +72,23 @@ pub async fn join_etcd(node: &mut Node) -> Result<Verdict> {
     }
 }
 
-/// Our own member answers for a cluster with a majority: note it, or get its vote.
-async fn take_part(node: &Node, own: &Etcd, live: &Live) -> Result<Option<Verdict>> {
-    let status = own.read_status().await?;
-    let Some(member) = live.members.iter().find(|member| member.id == status.member) else {
-        return Ok(None);
-    };
-    if member.learner {
-        return Ok(Some(match own.promote(member.id).await {
+/// Our own member runs: note that it takes part in a cluster with a majority, or get it its
+/// vote. `None` when neither can be said.
+async fn take_part(node: &Node) -> Result<Option<Verdict>> {
+    let own = node.ask_etcd_of(&node.entry);
+    let Ok(status) = own.read_status().await else { return Ok(None) };
+    if status.learner {
+        // A learner answers for itself only; its vote is the others' to give.
+        return Ok(Some(match ask_others(node).promote(status.member).await {
             Ok(()) => Verdict::Wait("the learner has its vote now".to_string()),
             Err(error) => Verdict::Wait(format!("the learner catches up: {error:#}")),
         }));
     }
-    let record = Record::Member { cluster: live.cluster, member: member.id };
+    let Ok(live) = own.list_members().await else { return Ok(None) };
+    if !live.members.iter().any(|member| member.id == status.member && !member.learner) {
+        return Ok(None);
+    }
+    let record = Record::Member { cluster: live.cluster, member: status.member };
     if read_record(&node.places)? != record {
         write_record(&node.places, &record)?;
     }

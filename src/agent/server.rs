@@ -75,11 +75,16 @@ pub async fn serve(node: &Node) -> Result<()> {
     let listener =
         TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))?;
     let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, HEALTH_PORT));
-    let plain =
-        TcpListener::bind(loopback).await.with_context(|| format!("listening on {loopback}"))?;
+    match TcpListener::bind(loopback).await {
+        Ok(plain) => {
+            let health = health.with_state(answers.clone());
+            tokio::spawn(async move { axum::serve(plain, health).await });
+        }
+        // A node does without; whoever asks there finds out.
+        Err(error) => node.board.raise("health", format!("listening on {loopback}: {error}")),
+    }
     let secure = accept_secure(listener, TlsAcceptor::from(node.tls.server.clone()));
     tokio::spawn(async move { axum::serve(secure, all).await });
-    tokio::spawn(async move { axum::serve(plain, health.with_state(answers)).await });
     Ok(())
 }
 
