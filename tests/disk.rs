@@ -1,5 +1,8 @@
 //! The disk's parts against the programs that others use to make or check them.
 
+#[path = "support/tools.rs"]
+mod tools;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -19,31 +22,10 @@ use stanchion::disk::{MIB, Plan, assemble_disk};
 use stanchion::output::inspect::{Unpacker, inspect};
 use stanchion::output::qcow2;
 use stanchion::tools::Tools;
+use tools::find_tools;
 
 const EPOCH: u64 = 1_700_000_000;
 const UUID: Guid = Guid::from_number(0x01234567_89ab_cdef_8123_456789abcdef);
-
-/// Tools with all these programs: from STANCHION_TOOLS, or this machine's own. Without
-/// them the test says so and is skipped.
-fn find_tools(programs: &[&str]) -> Option<Tools> {
-    let root = std::env::var("STANCHION_TOOLS").unwrap_or("/".into());
-    let tools = Tools::new(&root);
-    match programs.iter().find(|program| tools.command(program).is_err()) {
-        None if programs.contains(&"mkfs.erofs") && !reads_tars(&tools) => {
-            println!("skipped: mkfs.erofs of {root} is too old to read tars");
-            None
-        }
-        None => Some(tools),
-        Some(missing) => {
-            println!("skipped: {root} has no program {missing}; set STANCHION_TOOLS");
-            None
-        }
-    }
-}
-
-fn reads_tars(tools: &Tools) -> bool {
-    run(tools, "mkfs.erofs", &["--help"]).contains("--tar=")
-}
 
 fn run(tools: &Tools, program: &str, args: &[&str]) -> String {
     let output = tools.command(program).unwrap().args(args).run().unwrap();

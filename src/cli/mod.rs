@@ -4,6 +4,7 @@ mod build;
 mod cluster;
 mod doctor;
 mod inspect;
+mod lab;
 mod lock;
 mod profile;
 mod seed;
@@ -51,6 +52,7 @@ enum Verb {
     Cluster(cluster::Args),
     Seed(seed::Args),
     Doctor(doctor::Args),
+    Lab(lab::Args),
     Store(store::Args),
     /// Print a completion script for a shell
     #[command(
@@ -102,6 +104,7 @@ pub fn run() -> ExitCode {
         Verb::Cluster(args) => cluster::run(&context, args),
         Verb::Seed(args) => seed::run(&context, args),
         Verb::Doctor(args) => doctor::run(&context, args),
+        Verb::Lab(args) => lab::run(&context, args),
         Verb::Store(args) => store::run(&context, args),
         Verb::Completions { shell } => {
             print_completions(shell);
