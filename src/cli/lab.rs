@@ -9,6 +9,7 @@ use super::{Context, FetchArgs};
 use crate::config::Format;
 use crate::error::UserError;
 use crate::lab::{self, Lab, Network, NodeSpec, Nspawn, Places, Spec, Status, console};
+use crate::lock::Lock;
 use crate::pipeline::{self, Source};
 use crate::progress::print_line;
 use crate::tools::set;
@@ -176,15 +177,14 @@ fn up(context: &Context, places: &Places, args: Up) -> Result<()> {
         fetch: args.fetch.clone().into(),
     };
     let profiles = [args.profile.clone()];
-    pipeline::build(&project, &profiles, &options, &context.progress)?
-        .into_iter()
-        .collect::<Result<Vec<_>>>()?;
+    for (_, built) in pipeline::build(&project, &profiles, &options, &context.progress)? {
+        built?;
+    }
     let nspawn = match Nspawn::find_on_host() {
         Some(nspawn) => nspawn,
         None => {
             let source = Source::open(&options.fetch, &context.progress)?;
-            let profile = project.load_profile(&args.profile)?;
-            let lock = pipeline::prepare_lock(&project, &source, &[profile], false)?;
+            let lock = Lock::load(&pipeline::lock_path(&project))?.context("a build has a lock")?;
             let tools = pipeline::provide_tools(&source, &lock, set::LAB)?;
             Nspawn::Tools(tools.root().to_owned())
         }

@@ -5,11 +5,15 @@
 
 mod cgroup;
 pub mod console;
+pub mod ledger;
 mod network;
 mod nspawn;
+mod postgres_tls;
+pub mod probe;
 mod process;
 mod root;
 mod state;
+pub mod timeline;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};
