@@ -32,8 +32,6 @@ pub mod pipeline;
 pub mod cluster_dir;
 pub mod pki;
 pub mod secrets;
-
-pub mod cluster_dir;
 pub mod seed;
 
 pub mod agent;
