@@ -8,10 +8,10 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use rustix::fs::RenameFlags;
 
 use crate::config::cluster::Cluster;
 use crate::error::UserError;
+use crate::files::{is_occupied, name_beside, rename_without_replacing, sync_parent};
 use crate::pki::{Authority, Issued};
 use crate::secrets::{SECRETS, Secret, make_secrets};
 
@@ -73,25 +73,11 @@ fn list_files<'a>(
 /// Write all files into a new directory beside the path and give it its name in one step.
 fn place_directory(path: &Path, files: &[(&str, &str)]) -> Result<()> {
     let making = || format!("making {}", path.display());
-    let name = path.file_name().context("the cluster's directory needs a name")?;
-    let new = path.with_file_name(format!(
-        ".{}.{}-{}",
-        name.to_string_lossy(),
-        std::process::id(),
-        &Secret::make()?.reveal()[..8]
-    ));
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    if !parent.is_dir() {
-        let what = format!("there is no directory {}", parent.display());
-        return Err(UserError::new(what).help("make it first, or name another").into());
-    }
+    let new = name_beside(path)?;
     DirBuilder::new().mode(0o700).create(&new).with_context(making)?;
     let placed = fill_directory(&new, files)
         .and_then(|()| rename_without_replacing(&new, path).with_context(making))
-        .and_then(|()| File::open(parent)?.sync_all().with_context(making));
+        .and_then(|()| sync_parent(path).with_context(making));
     if placed.is_err() {
         // Only what this run has made: the name is random.
         let _ = fs::remove_dir_all(&new);
@@ -105,9 +91,11 @@ fn place_directory(path: &Path, files: &[(&str, &str)]) -> Result<()> {
 fn fill_directory(folder: &Path, files: &[(&str, &str)]) -> Result<()> {
     for (name, text) in files {
         let path = folder.join(name);
-        write_new(&path, text.as_bytes()).with_context(|| format!("writing {}", path.display()))?;
+        let filled = write_new(&path, text.as_bytes());
+        filled.with_context(|| format!("writing {}", path.display()))?;
     }
-    File::open(folder)?.sync_all().with_context(|| format!("writing {}", folder.display()))
+    let synced = File::open(folder).and_then(|folder| folder.sync_all());
+    synced.with_context(|| format!("writing {}", folder.display()))
 }
 
 /// A new file, mode 0600, on the disk when this returns.
@@ -115,21 +103,6 @@ fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     file.write_all(bytes)?;
     file.sync_all()
-}
-
-fn rename_without_replacing(from: &Path, to: &Path) -> io::Result<()> {
-    let here = rustix::fs::CWD;
-    match rustix::fs::renameat_with(here, from, here, to, RenameFlags::NOREPLACE) {
-        // A file system that cannot: another run could only have made the name just now.
-        Err(rustix::io::Errno::INVAL) if to.symlink_metadata().is_err() => fs::rename(from, to),
-        done => done.map_err(io::Error::from),
-    }
-}
-
-fn is_occupied(error: &anyhow::Error) -> bool {
-    error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>()).any(|error| {
-        matches!(error.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::DirectoryNotEmpty)
-    })
 }
 
 fn refuse_second(path: &Path) -> UserError {

@@ -80,6 +80,12 @@ impl Command {
         self
     }
 
+    /// Write its output there, instead of to us.
+    pub fn output_to(mut self, stdout: impl Into<Stdio>, stderr: impl Into<Stdio>) -> Self {
+        self.inner.stdout(stdout).stderr(stderr);
+        self
+    }
+
     /// Change the process between fork and exec.
     ///
     /// # Safety
@@ -123,7 +129,17 @@ impl Command {
         wait().with_context(|| format!("waiting for `{shown}`"))
     }
 
-    /// Start it and return at once; the caller reads its pipes and waits.
+    /// Start it in a session of its own, to outlive us; the caller serves its pipes.
+    pub fn spawn_detached(mut self) -> Result<Child> {
+        let shown = self.to_string();
+        // SAFETY: setsid is async-signal-safe.
+        unsafe {
+            self.inner.pre_exec(|| Ok(rustix::process::setsid().map(drop)?));
+        }
+        self.inner.spawn().with_context(|| format!("starting `{shown}`"))
+    }
+
+    /// Start it and return at once; the caller serves its pipes and waits.
     pub fn spawn(mut self) -> Result<Child> {
         let shown = self.to_string();
         let parent = std::process::id();

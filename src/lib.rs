@@ -6,6 +6,7 @@
 pub mod command;
 pub mod digest;
 pub mod error;
+pub mod files;
 pub mod progress;
 
 pub mod debian;
@@ -31,6 +32,12 @@ pub mod pipeline;
 pub mod cluster_dir;
 pub mod pki;
 pub mod secrets;
+
+pub mod cluster_dir;
 pub mod seed;
+
+pub mod agent;
+
+pub mod lab;
 
 pub mod cli;

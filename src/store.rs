@@ -66,23 +66,28 @@ impl Store {
     }
 
     /// Open the store, make its folders, and remove what dead commands left in `tmp/`.
+    ///
+    /// # Errors
+    /// A [`UserError`] where no store can be made or written to.
     pub fn open(root: &Path) -> Result<Self> {
-        for folder in ["files", "steps", "state", "tmp"] {
-            let path = root.join(folder);
-            fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
-        }
-        let root = root.canonicalize().with_context(|| format!("resolving {}", root.display()))?;
-        let path = root.join("lock");
-        let lock = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .with_context(|| format!("opening {}", path.display()))?;
-        rustix::fs::flock(&lock, FlockOperation::LockShared)
-            .with_context(|| format!("locking {}", path.display()))?;
-        sweep_scratch(&root.join("tmp"), "");
-        Ok(Store { root, lock: Arc::new(lock) })
+        let prepare = || -> std::io::Result<Self> {
+            for folder in ["files", "steps", "state", "tmp"] {
+                fs::create_dir_all(root.join(folder))?;
+            }
+            let root = root.canonicalize()?;
+            let path = root.join("lock");
+            let lock = File::options().create(true).truncate(false).write(true).open(&path)?;
+            rustix::fs::flock(&lock, FlockOperation::LockShared)?;
+            Ok(Store { root, lock: Arc::new(lock) })
+        };
+        let store = prepare().map_err(|error| {
+            UserError::new("the store cannot be written to")
+                .in_file(root)
+                .why(error.to_string())
+                .help("mend its permissions, or set XDG_CACHE_HOME to a directory with some gigabytes of room")
+        })?;
+        sweep_scratch(&store.root.join("tmp"), "");
+        Ok(store)
     }
 
     pub fn root(&self) -> &Path {

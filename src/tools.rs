@@ -1,6 +1,7 @@
 //! Programs that are not crates (mkfs.erofs, veritysetup, qemu-img, QEMU), run from a
 //! tools root that is made of locked Debian packages: the host needs none of them.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -43,11 +44,20 @@ impl Tools {
             })?;
         Ok(Command::new(self.root.join("usr/lib64/ld-linux-x86-64.so.2"))
             .arg("--library-path")
-            .arg(self.root.join("usr/lib/x86_64-linux-gnu"))
+            .arg(self.list_libraries())
             .arg("--argv0")
             .arg(program)
             .arg(path)
             .env("LC_ALL", "C.UTF-8"))
+    }
+
+    /// The second folder holds what systemd's programs share.
+    fn list_libraries(&self) -> OsString {
+        let libraries = self.root.join("usr/lib/x86_64-linux-gnu");
+        let mut list = libraries.clone().into_os_string();
+        list.push(":");
+        list.push(libraries.join("systemd"));
+        list
     }
 }
 
@@ -59,11 +69,13 @@ pub mod set {
     pub const BOOT: &str = "tools:boot";
     /// Independent readers of what we write, for tests.
     pub const CHECK: &str = "tools:check";
+    /// What a lab's nodes run in.
+    pub const LAB: &str = "tools:lab";
 }
 
 /// What the lock must hold for the tools.
 pub fn list_requests() -> Vec<SetRequest> {
-    let sets: [(&str, &[&str]); 3] = [
+    let sets: [(&str, &[&str]); 4] = [
         (set::BUILD, &["erofs-utils", "kmod", "qemu-utils", "systemd-boot-efi"]),
         (set::BOOT, &["ovmf", "qemu-system-x86"]),
         (
@@ -79,6 +91,7 @@ pub fn list_requests() -> Vec<SetRequest> {
                 "systemd-ukify",
             ],
         ),
+        (set::LAB, &["systemd-container"]),
     ];
     sets.iter()
         .map(|(name, wanted)| SetRequest {
@@ -94,5 +107,5 @@ pub fn list_requests() -> Vec<SetRequest> {
 
 /// Whether a build can do without the set.
 pub fn is_optional(set: &str) -> bool {
-    set == set::BOOT || set == set::CHECK
+    set == set::BOOT || set == set::CHECK || set == set::LAB
 }

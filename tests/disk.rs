@@ -1,5 +1,8 @@
 //! The disk's parts against the programs that others use to make or check them.
 
+#[path = "support/tools.rs"]
+mod tools;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -19,31 +22,10 @@ use stanchion::disk::{MIB, Plan, assemble_disk};
 use stanchion::output::inspect::{Unpacker, inspect};
 use stanchion::output::qcow2;
 use stanchion::tools::Tools;
+use tools::find_tools;
 
 const EPOCH: u64 = 1_700_000_000;
 const UUID: Guid = Guid::from_number(0x01234567_89ab_cdef_8123_456789abcdef);
-
-/// Tools with all these programs: from STANCHION_TOOLS, or this machine's own. Without
-/// them the test says so and is skipped.
-fn find_tools(programs: &[&str]) -> Option<Tools> {
-    let root = std::env::var("STANCHION_TOOLS").unwrap_or("/".into());
-    let tools = Tools::new(&root);
-    match programs.iter().find(|program| tools.command(program).is_err()) {
-        None if programs.contains(&"mkfs.erofs") && !reads_tars(&tools) => {
-            println!("skipped: mkfs.erofs of {root} is too old to read tars");
-            None
-        }
-        None => Some(tools),
-        Some(missing) => {
-            println!("skipped: {root} has no program {missing}; set STANCHION_TOOLS");
-            None
-        }
-    }
-}
-
-fn reads_tars(tools: &Tools) -> bool {
-    run(tools, "mkfs.erofs", &["--help"]).contains("--tar=")
-}
 
 fn run(tools: &Tools, program: &str, args: &[&str]) -> String {
     let output = tools.command(program).unwrap().args(args).run().unwrap();
@@ -167,6 +149,55 @@ fn fsck_and_mtools_agree_with_the_esp() {
         assert!(fs::read(&copy).unwrap() == big);
         let list = run(&tools, "mdir", &["-b", "-i", image, "::many"]);
         assert_eq!(list.lines().count(), 200);
+    }
+}
+
+#[test]
+fn fsck_and_mtools_agree_with_the_volume_of_a_seed() {
+    let Some(tools) = find_tools(&["fsck.vfat", "mdir", "mcopy"]) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("seed");
+    let copy = folder.path().join("copy");
+    for length in [0, 1, 512, 10_001, 65_536] {
+        let _ = (fs::remove_file(&image), fs::remove_file(&copy));
+        let file = File::options().read(true).write(true).create_new(true).open(&image).unwrap();
+        let seed: Vec<u8> = (0..length).map(|i| (i / 7) as u8).collect();
+        stanchion::seed::volume::write_seed(&file, &seed, EPOCH).unwrap();
+        let image = image.to_str().unwrap();
+        let report = run(&tools, "fsck.vfat", &["-n", "-V", image]);
+        assert_eq!(report.lines().count(), 4, "{length}: {report}");
+        let list = run(&tools, "mdir", &["-i", image, "::"]);
+        for part in ["Volume in drive : is STANCHION", "stanchion-seed.json", "2023-11-14  22:13"] {
+            assert!(list.contains(part), "{part} is not in {list}");
+        }
+        let source = "::stanchion-seed.json";
+        run(&tools, "mcopy", &["-n", "-o", "-i", image, source, copy.to_str().unwrap()]);
+        assert!(fs::read(&copy).unwrap() == seed);
+    }
+}
+
+#[test]
+fn seeds_are_read_from_volumes_that_other_programs_made() {
+    let Some(tools) = find_tools(&["mkfs.vfat", "mcopy"]) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let from = folder.path().join("from");
+    let seed: Vec<u8> = (0..20_000u32).map(|i| (i / 7) as u8).collect();
+    fs::write(&from, &seed).unwrap();
+    // What mkfs.vfat makes FAT12, FAT16 and FAT32.
+    for (kibibytes, label, name) in [
+        (1440, "CIDATA", "user-data"),
+        (2048, "cidata", "user-data"),
+        (20 << 10, "STANCHION", "stanchion-seed.json"),
+        (600 << 10, "CIDATA", "stanchion-seed.json"),
+    ] {
+        let image = folder.path().join("image");
+        let _ = fs::remove_file(&image);
+        let path = image.to_str().unwrap();
+        run(&tools, "mkfs.vfat", &["-C", "-n", label, path, &kibibytes.to_string()]);
+        let target = format!("::{name}");
+        run(&tools, "mcopy", &["-i", path, from.to_str().unwrap(), &target]);
+        let read = stanchion::seed::volume::read_seed(&File::open(&image).unwrap()).unwrap();
+        assert!(read.as_ref() == Some(&seed), "{kibibytes} KiB, {label}, {name}");
     }
 }
 

@@ -49,17 +49,18 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
     };
     let built = pipeline::build(&project, &names, &options, &context.progress)?;
 
+    let all = built.len();
     let mut failed = Vec::new();
-    for (name, result) in names.iter().zip(built) {
-        match result {
+    for (name, outcome) in built {
+        match outcome {
             Ok(built) => report(context, &built),
             Err(error) => failed.push((name, error)),
         }
     }
-    match (failed.len(), names.len()) {
+    match (failed.len(), all) {
         (0, _) => Ok(()),
         (1, 1) => Err(failed.remove(0).1),
-        (_, all) => {
+        _ => {
             let ours = failed.iter().any(|(_, error)| crate::error::exit_code(error) == 1);
             let list: Vec<String> = failed
                 .iter()

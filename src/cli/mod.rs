@@ -1,12 +1,17 @@
 //! The command line: clap's types, and one function for each verb.
 
+mod agent;
 mod build;
+mod cluster;
 mod doctor;
 mod inspect;
+mod lab;
 mod lock;
 mod profile;
+mod seed;
 mod store;
 
+use std::ffi::OsStr;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -46,7 +51,10 @@ enum Verb {
     Lock(lock::Args),
     Inspect(inspect::Args),
     Profile(profile::Args),
+    Cluster(cluster::Args),
+    Seed(seed::Args),
     Doctor(doctor::Args),
+    Lab(lab::Args),
     Store(store::Args),
     /// Print a completion script for a shell
     #[command(
@@ -85,8 +93,12 @@ pub struct FetchArgs {
     pub jobs: Option<u16>,
 }
 
-/// Run the command line of this process.
+/// Run the command line of this process: the agent's when that is its name.
 pub fn run() -> ExitCode {
+    let name = std::env::args_os().next().map(PathBuf::from);
+    if name.is_some_and(|name| name.file_name() == Some(OsStr::new("stanchion-agent"))) {
+        return agent::run();
+    }
     let cli = Cli::parse();
     let mode = Mode::choose(cli.quiet, cli.json);
     let context = Context { project: cli.project, progress: Progress::new(mode), json: cli.json };
@@ -95,7 +107,10 @@ pub fn run() -> ExitCode {
         Verb::Lock(args) => lock::run(&context, args),
         Verb::Inspect(args) => inspect::run(&context, args),
         Verb::Profile(args) => profile::run(&context, args),
+        Verb::Cluster(args) => cluster::run(&context, args),
+        Verb::Seed(args) => seed::run(&context, args),
         Verb::Doctor(args) => doctor::run(&context, args),
+        Verb::Lab(args) => lab::run(&context, args),
         Verb::Store(args) => store::run(&context, args),
         Verb::Completions { shell } => {
             print_completions(shell);

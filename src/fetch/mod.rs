@@ -161,6 +161,7 @@ impl Fetcher {
         progress: &Progress,
     ) -> Result<()> {
         let began = Instant::now();
+        let step = progress.begin("fetch");
         let files = queue.len();
         let known: u64 = queue.iter().filter_map(|download| download.size).sum();
         if progress.mode() == Mode::Lines {
@@ -203,8 +204,7 @@ impl Fetcher {
             vanished.sort();
             return Err(Vanished { names: vanished }.into());
         }
-        let fetched = count_files(files, received);
-        progress.note(&format!("fetched {fetched} in {seconds:.1} s ({speed}/s)"));
+        step.finish(format!("{} ({speed}/s)", count_files(files, received)));
         Ok(())
     }
 }

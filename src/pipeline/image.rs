@@ -6,14 +6,14 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::layers::Diff;
+use super::locking;
 use super::manifest::Description;
+use super::placing::place;
 use super::sets;
-use super::source::{self, Source};
-use super::templates;
-use super::unpacked::{add_packages, unpack};
+use super::source::Source;
+use super::unpacked::{self, unpack};
 use crate::config::layer::Layer;
 use crate::config::profile::Profile;
-use crate::config::tree::{TreeFile, TreeKind};
 use crate::debian::release::format_date;
 use crate::digest::{Digest, Key};
 use crate::disk::erofs::{self, Layout};
@@ -23,11 +23,12 @@ use crate::disk::image::{self, Assembled, Plan};
 use crate::disk::{initrd, uki, verity};
 use crate::error::UserError;
 use crate::lock::Lock;
+use crate::rootfs::layer::{Placed, PlacedKind};
 use crate::store::Scratch;
 use crate::tools::Tools;
 
 /// Raised when a step would make other bytes from the same inputs.
-const INITRD_VERSION: u32 = 2;
+const INITRD_VERSION: u32 = 3;
 /// Of everything after the layers and the initrd.
 pub const IMAGE_VERSION: u32 = 3;
 
@@ -52,21 +53,12 @@ impl ImageBuilder<'_> {
         key.add("kernel", kernel.key.digest().as_bytes());
         key.add("tools", self.tools.name());
         key.add("epoch", self.lock.epoch.to_string());
-        add_packages(&mut key, &self.lock.list_set(&set)?);
+        key.add("unpacked", unpacked::VERSION.to_string());
+        unpacked::add_packages(&mut key, &self.lock.list_set(&set)?);
         config.modules.iter().for_each(|name| {
             key.add("module", name);
         });
-        for file in &config.files {
-            let content = match &file.kind {
-                TreeKind::File { source, template: true } => {
-                    Digest::of(templates::render(profile, source)?.as_bytes())
-                }
-                TreeKind::File { source, .. } => Digest::of_file(&profile.root.join(source))?,
-                TreeKind::Symlink(to) => Digest::of(to.as_bytes()),
-                TreeKind::Directory { .. } => Digest::of(b""),
-            };
-            key.add(format!("file {} {:o}", file.target.display(), file.mode), content.as_bytes());
-        }
+        place(profile, &config.files, None, &mut key)?;
         let digest = key.digest();
         let step = self.source.progress.begin("initrd");
         if let Some(entry) = self.source.store.find_entry("initrd", &digest) {
@@ -80,10 +72,11 @@ impl ImageBuilder<'_> {
         let scratch = self.source.store.make_scratch("initrd")?;
         let root = scratch.path().join("root");
         fs::create_dir(&root).context("making the initrd's root")?;
-        let debs = source::fetch_set(self.source, self.lock, &set)?;
+        let debs = locking::fetch_set(self.source, self.lock, &set)?;
         unpack(self.source, self.lock, &set, &debs, &root)?;
         initrd::finish_tree(&root)?;
-        lay_files(profile, &config.files, &root)?;
+        let files = place(profile, &config.files, Some(scratch.path()), &mut Key::default())?;
+        lay_files(&files, &root)?;
         initrd::install_modules(self.tools, &kernel.tree, &config.modules, &root)?;
         let archive = scratch.path().join("initrd.cpio.zst");
         initrd::write_archive(&root, self.lock.epoch, &archive)?;
@@ -281,7 +274,7 @@ fn find_kernel<'a>(diffs: &'a [Diff], layer: &Layer) -> Result<&'a Diff> {
 }
 
 /// Lay the layer's `initrd/` files over the tree; everything in an initrd is root's.
-fn lay_files(profile: &Profile, files: &[TreeFile], root: &Path) -> Result<()> {
+fn lay_files(files: &[Placed], root: &Path) -> Result<()> {
     use std::os::unix::fs::{PermissionsExt, symlink};
     for file in files {
         let path = root.join(file.target.strip_prefix("/").unwrap_or(&file.target));
@@ -289,19 +282,17 @@ fn lay_files(profile: &Profile, files: &[TreeFile], root: &Path) -> Result<()> {
             if let Some(folder) = path.parent() {
                 fs::create_dir_all(folder)?;
             }
-            if !matches!(file.kind, TreeKind::Directory { .. }) && path.symlink_metadata().is_ok() {
+            let is_folder = matches!(file.kind, PlacedKind::Directory { .. });
+            if !is_folder && path.symlink_metadata().is_ok() {
                 fs::remove_file(&path)?;
             }
             match &file.kind {
-                TreeKind::File { source, template } => {
-                    match template {
-                        true => fs::write(&path, templates::render(profile, source)?)?,
-                        false => drop(fs::copy(profile.root.join(source), &path)?),
-                    }
+                PlacedKind::File(source) => {
+                    fs::copy(source, &path)?;
                     fs::set_permissions(&path, fs::Permissions::from_mode(file.mode))?;
                 }
-                TreeKind::Symlink(to) => symlink(to, &path)?,
-                TreeKind::Directory { .. } => fs::create_dir_all(&path)?,
+                PlacedKind::Link(to) => symlink(to, &path)?,
+                PlacedKind::Directory { .. } => fs::create_dir_all(&path)?,
             }
             Ok(())
         };

@@ -9,21 +9,19 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::agent;
+use super::placing::place;
 use super::sets;
 use super::source::Source;
-use super::templates;
 use super::unpacked::add_packages;
 use crate::config::layer::Layer;
 use crate::config::profile::Profile;
-use crate::config::tree::{TreeFile, TreeKind};
+use crate::config::tree::TreeFile;
 use crate::digest::{Digest, Key};
 use crate::disk::guid::Guid;
 use crate::disk::{erofs, verity};
 use crate::lock::{self, Lock};
 use crate::rootfs::accounts::{Account, UserFields};
-use crate::rootfs::layer::{
-    Artifact, Common, Deb, FilesJob, PackagesJob, Placed, PlacedKind, Sealed, StandIn,
-};
+use crate::rootfs::layer::{Artifact, Common, Deb, FilesJob, PackagesJob, Sealed, StandIn};
 use crate::sandbox::{Sandbox, Spec};
 use crate::store::Scratch;
 use crate::tools::Tools;
@@ -343,61 +341,6 @@ fn describe_agent(program: &[u8], scratch: &Path) -> Result<Artifact> {
         group: "root".to_string(),
         mode: agent::MODE,
     })
-}
-
-/// Describe files for the sandbox and add each to `key`. Templates are rendered; with
-/// `scratch` the results are written there.
-fn place(
-    profile: &Profile,
-    files: &[TreeFile],
-    scratch: Option<&Path>,
-    key: &mut Key,
-) -> Result<Vec<Placed>> {
-    let mut placed = Vec::new();
-    for (number, file) in files.iter().enumerate() {
-        let name = file.target.display();
-        let kind = match &file.kind {
-            TreeKind::File { source, template: true } => {
-                let text = templates::render(profile, source)?;
-                key.add(format!("file {name}"), &text);
-                let rendered = match scratch {
-                    Some(scratch) => {
-                        let rendered = scratch.join(format!("rendered-{number}"));
-                        fs::write(&rendered, text)
-                            .with_context(|| format!("writing {}", rendered.display()))?;
-                        rendered
-                    }
-                    None => source.clone(),
-                };
-                PlacedKind::File(rendered)
-            }
-            TreeKind::File { source, template: false } => {
-                let source = profile.root.join(source);
-                key.add(format!("file {name}"), Digest::of_file(&source)?.as_bytes());
-                PlacedKind::File(source)
-            }
-            TreeKind::Symlink(to) => {
-                key.add(format!("link {name}"), to);
-                PlacedKind::Link(to.into())
-            }
-            TreeKind::Directory { keep_existing } => {
-                key.add(format!("directory {name}"), [u8::from(*keep_existing)]);
-                PlacedKind::Directory { keep_existing: *keep_existing }
-            }
-        };
-        key.add(
-            format!("owner and mode {name}"),
-            format!("{}:{} {:o}", file.owner, file.group, file.mode),
-        );
-        placed.push(Placed {
-            target: file.target.clone(),
-            kind,
-            mode: file.mode,
-            owner: file.owner.clone(),
-            group: file.group.clone(),
-        });
-    }
-    Ok(placed)
 }
 
 /// The diff of an entry that has all its parts.

@@ -3,14 +3,17 @@
 mod agent;
 mod image;
 mod layers;
+mod locking;
 mod manifest;
 mod outputs;
+mod placing;
 mod room;
 mod sets;
 mod source;
 mod templates;
 mod unpacked;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -22,15 +25,16 @@ use crate::config::Project;
 use crate::config::profile::Profile;
 use crate::digest::{Digest, Key};
 use crate::lock::{Lock, LockedPackage};
-use crate::progress::Progress;
+use crate::progress::{Progress, StepTime};
 use crate::rootfs::layer;
 use crate::sandbox::{Inside, Sandbox};
 use crate::store::Scratch;
 use crate::tools;
 use image::ImageBuilder;
 use layers::{Diff, LayerBuilder};
+pub use locking::{Failures, lock_path, prepare_lock, relock};
 pub use manifest::{InnerManifest, Manifest, OutputEntry};
-pub use source::{FetchOptions, Source, lock_path, prepare_lock, relock};
+pub use source::{FetchOptions, Source};
 pub use unpacked::provide_tools;
 
 #[derive(Debug, Clone)]
@@ -67,8 +71,8 @@ pub struct Output {
     pub allocated: u64,
 }
 
-/// Build each named profile. One that fails does not keep the others from being built:
-/// the results are in the order of the names.
+/// Build each named profile. One that fails does not keep the others from being built.
+/// Returned are the outcomes by name, in the order of the names.
 ///
 /// # Errors
 /// What concerns all of them: an unknown profile, no room, a lock that cannot be made.
@@ -77,44 +81,73 @@ pub fn build(
     names: &[String],
     options: &BuildOptions,
     progress: &Progress,
-) -> Result<Vec<Result<Built>>> {
+) -> Result<Vec<(String, Result<Built>)>> {
+    let mut failures = Failures::new();
     let mut profiles = Vec::new();
-    let mut broken = Vec::new();
     for name in names {
+        if profiles.iter().any(|profile: &Profile| profile.name == *name) {
+            continue;
+        }
         let loaded = project.load_profile(name);
         match loaded.and_then(|profile| templates::check(&profile).map(|()| profile)) {
-            Ok(profile) => {
-                profiles.push(profile);
-                broken.push(None);
-            }
-            Err(error) if names.len() > 1 => broken.push(Some(error)),
-            Err(error) => return Err(error),
+            Ok(profile) => profiles.push(profile),
+            Err(error) => drop(failures.insert(name.clone(), error)),
         }
     }
+    let mut built = match profiles.is_empty() {
+        true => BTreeMap::new(),
+        false => build_sound(project, &profiles, options, progress, &mut failures)?,
+    };
+    let take = |name: &String| {
+        let outcome = failures.remove(name).map(Err).or_else(|| built.remove(name).map(Ok))?;
+        Some((name.clone(), outcome))
+    };
+    Ok(names.iter().filter_map(take).collect())
+}
+
+/// Build profiles that could be read; those that fail join the failures.
+fn build_sound(
+    project: &Project,
+    profiles: &[Profile],
+    options: &BuildOptions,
+    progress: &Progress,
+    failures: &mut Failures,
+) -> Result<BTreeMap<String, Built>> {
     let source = Source::open(&options.fetch, progress)?;
     let growing = outputs::prepare_folder(&options.out)?;
-    room::check(&source, &options.out, &profiles)?;
+    room::check(&source, &options.out, profiles)?;
     Sandbox::default().require(source.store.root())?;
-    let lock = prepare_lock(project, &source, &profiles, options.locked)?;
     let explain_full = |error| room::explain_full(error, source.store.root(), &options.out);
+    let (lock, unlocked) =
+        locking::prepare_lock(project, &source, profiles, options.locked).map_err(explain_full)?;
+    failures.extend(unlocked);
+    let Some(lock) = lock else { return Ok(BTreeMap::new()) };
     let tools = provide_tools(&source, &lock, tools::set::BUILD).map_err(explain_full)?;
-    let builder =
-        Builder { source: &source, lock: &lock, tools: &tools, options, growing: &growing };
+    let shared = progress.step_times();
+    let builder = Builder {
+        source: &source,
+        lock: &lock,
+        tools: &tools,
+        options,
+        growing: &growing,
+        shared: &shared,
+    };
 
-    let mut profiles = profiles.into_iter();
-    Ok(broken
-        .into_iter()
-        .map(|error| match error {
-            Some(error) => Err(error),
-            None => {
-                let profile = profiles.next().context("a profile for each name")?;
-                source
-                    .fetch_artifacts(&profile)
-                    .and_then(|()| builder.build(&profile).map_err(explain_full))
-                    .with_context(|| format!("building profile `{}`", profile.name))
-            }
-        })
-        .collect())
+    let mut built = BTreeMap::new();
+    for profile in profiles {
+        if failures.contains_key(&profile.name) {
+            continue;
+        }
+        let outcome = source
+            .fetch_artifacts(profile)
+            .and_then(|()| builder.build(profile).map_err(explain_full))
+            .with_context(|| format!("building profile `{}`", profile.name));
+        match outcome {
+            Ok(image) => drop(built.insert(profile.name.clone(), image)),
+            Err(error) => drop(failures.insert(profile.name.clone(), error)),
+        }
+    }
+    Ok(built)
 }
 
 struct Builder<'a> {
@@ -124,6 +157,8 @@ struct Builder<'a> {
     options: &'a BuildOptions,
     /// Where outputs are until all of a profile's are finished.
     growing: &'a Scratch,
+    /// Steps that were taken for all profiles.
+    shared: &'a [StepTime],
 }
 
 impl Builder<'_> {
@@ -169,9 +204,9 @@ impl Builder<'_> {
             packages: description.packages,
             artifacts: description.artifacts,
             outputs: written,
-            steps: self.source.progress.step_times().split_off(before),
+            steps: [self.shared, &self.source.progress.step_times()[before..]].concat(),
         };
-        outputs::publish(self.growing, &manifest, out)?;
+        outputs::publish(self.growing, &manifest, out, &self.source.progress)?;
         Ok(describe(&manifest, out, began, false))
     }
 

@@ -1,6 +1,7 @@
 //! The files that a build leaves in its output folder.
 
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -15,6 +16,7 @@ use crate::disk::region::hash_sparse;
 use crate::disk::verity;
 use crate::error::UserError;
 use crate::output::qcow2;
+use crate::progress::Progress;
 use crate::store::{self, Scratch};
 use crate::tools::Tools;
 
@@ -39,14 +41,39 @@ pub fn prepare_folder(out: &Path) -> Result<Scratch> {
 }
 
 /// Move finished outputs and their manifest from `growing` to `out`. Until now `out` has
-/// held those of the last good build.
-pub fn publish(growing: &Scratch, manifest: &Manifest, out: &Path) -> Result<()> {
+/// held those of the last good build. The manifest comes last: one that is there describes
+/// what is there.
+pub fn publish(
+    growing: &Scratch,
+    manifest: &Manifest,
+    out: &Path,
+    progress: &Progress,
+) -> Result<()> {
     manifest.save(growing.path())?;
+    let name = Manifest::name(&manifest.profile);
+    let earlier = Manifest::load(out, &manifest.profile);
+    match fs::remove_file(out.join(&name)) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("removing {}", out.join(&name).display()));
+        }
+        _ => {}
+    }
     let files = manifest.outputs.iter().map(|output| output.file.clone());
-    for file in files.chain([Manifest::name(&manifest.profile)]) {
+    for file in files.chain([name]) {
         let to = out.join(&file);
         fs::rename(growing.path().join(&file), &to)
             .with_context(|| format!("writing {}", to.display()))?;
+    }
+    let is_new = |file: &Path| manifest.outputs.iter().any(|output| output.file == file);
+    for output in earlier.map(|earlier| earlier.outputs).unwrap_or_default() {
+        let path = out.join(&output.file);
+        if !is_new(&output.file) && path.exists() {
+            progress.warn(&format!(
+                "{} is of an earlier build: this one did not write {}",
+                path.display(),
+                output.format
+            ));
+        }
     }
     Ok(())
 }

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::source::{self, Source};
+use super::locking;
+use super::source::Source;
 use crate::debian::package;
 use crate::digest::Key;
 use crate::lock::{Lock, LockedPackage};
@@ -13,7 +14,7 @@ use crate::rootfs::extract::{self, DebFile, Options, Purpose};
 use crate::tools::Tools;
 
 /// Raised when the same packages would be unpacked differently.
-const VERSION: u32 = 1;
+pub const VERSION: u32 = 1;
 
 /// The tools root of a set, made when the store does not have it.
 pub fn provide_tools(source: &Source, lock: &Lock, set: &str) -> Result<Tools> {
@@ -26,7 +27,7 @@ pub fn provide_tools(source: &Source, lock: &Lock, set: &str) -> Result<Tools> {
         }
         source.store.discard_entry("tools", &digest)?;
     }
-    let debs = source::fetch_set(source, lock, set)?;
+    let debs = locking::fetch_set(source, lock, set)?;
     let step = source.progress.begin(set.to_string());
     let scratch = source.store.make_scratch("tools")?;
     unpack(source, lock, set, &debs, scratch.path())?;

@@ -17,3 +17,6 @@ pub const FILE_NAME: &str = "stanchion-seed.json";
 
 /// Bytes that the file may have.
 pub const MAX_BYTES: usize = 64 << 10;
+
+#[cfg(test)]
+mod tests;

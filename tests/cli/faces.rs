@@ -3,7 +3,7 @@
 
 use crate::project::{Project, can_build, take_turn};
 
-const VERBS: [&[&str]; 12] = [
+const VERBS: [&[&str]; 17] = [
     &[],
     &["build"],
     &["lock"],
@@ -11,6 +11,11 @@ const VERBS: [&[&str]; 12] = [
     &["profile"],
     &["profile", "list"],
     &["profile", "show"],
+    &["cluster"],
+    &["cluster", "new"],
+    &["cluster", "check"],
+    &["cluster", "init"],
+    &["seed"],
     &["doctor"],
     &["store"],
     &["store", "gc"],

@@ -78,13 +78,17 @@ fn profiles_that_fail_do_not_keep_the_others_from_being_built() {
         add_set(&mut lock, name, Some("base+kernel"), &[], false);
     }
     lock.save(&project.root().join("stanchion.lock")).unwrap();
-    let args = ["build", "--offline", "broken", "failing", "tiny"];
+    project.write("profiles/unlocked.toml", &TINY.replace("extra", "unlocked"));
+    project.write("layers/unlocked/layer.toml", "description = \"u\"\npackages = [\"hello\"]\n");
+    let args = ["build", "--offline", "broken", "failing", "unlocked", "tiny", "tiny"];
     let ran = project.run(&args);
     ran.expect(
         2,
         &[
             "tiny.raw",
-            "error: 2 of 3 profiles failed",
+            "error: 3 of 4 profiles failed",
+            "unlocked: the lock does not hold what the profiles ask for",
+            "these changed: base+kernel+unlocked",
             "broken: there is no layer `bsae`",
             "failing: building profile `failing`",
             "a command failed in layer `failing`: exit 7",
@@ -96,5 +100,5 @@ fn profiles_that_fail_do_not_keep_the_others_from_being_built() {
     let events = ran.events();
     let kinds: Vec<_> = events.iter().rev().take(2).map(|event| event["event"].clone()).collect();
     assert_eq!(kinds, ["error", "built"]);
-    assert!(events.last().unwrap()["text"].as_str().unwrap().contains("2 of 3 profiles failed"));
+    assert!(events.last().unwrap()["text"].as_str().unwrap().contains("3 of 4 profiles failed"));
 }

@@ -120,3 +120,19 @@ fn an_emptied_store_serves_two_builds_at_once_and_both_give_the_same_bytes() {
     assert_eq!(second.len(), 3);
     assert_eq!(fs::read_dir(project.store().join("tmp")).unwrap().count(), 0);
 }
+
+#[test]
+fn a_store_that_cannot_be_made_is_told_with_its_place() {
+    let project = Project::tiny("");
+    let mut command = project.command(&["build", "tiny", "--offline"]);
+    command.env("XDG_CACHE_HOME", "/proc/self/nowhere");
+    run(command).expect(
+        2,
+        &[
+            "error: the store cannot be written to",
+            "at: /proc/self/nowhere/stanchion",
+            "No such file or directory",
+            "set XDG_CACHE_HOME",
+        ],
+    );
+}

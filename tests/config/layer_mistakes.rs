@@ -126,6 +126,19 @@ fn packages_are_named_as_debian_names_them_and_once() {
 }
 
 #[test]
+fn roles_are_those_there_are() {
+    check(
+        "role = \"edeg\"",
+        "there is no role `edeg`\n  at: layers/a/layer.toml:2\n  help: did you mean `edge`?",
+    );
+    check(
+        "role = \"everything\"",
+        "there is no role `everything`\n  at: layers/a/layer.toml:2\n  help: the roles are: db, cache, web, edge",
+    );
+    check("role = [\"db\"]", "`role` must be a string, not an array\n  at: layers/a/layer.toml:2");
+}
+
+#[test]
 fn versions_are_written_as_debian_writes_them() {
     for good in ["1", "17.4-1", "1:9.0~rc1-2", "4.0.5+dfsg-1+deb13u2"] {
         Sandbox::with_layer(&format!("packages = [\"patroni={good}\"]")).profile();

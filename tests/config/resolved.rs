@@ -269,3 +269,17 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_profile_has_the_roles_of_its_layers_in_their_order() {
+    use stanchion::config::Role;
+    let layer = |role: &str| format!("description = \"x\"\nrole = \"{role}\"");
+    let sandbox = Sandbox::new(&[
+        ("profiles/p.toml", "description = \"p\"\nlayers = [\"a\", \"c\", \"b\", \"d\"]"),
+        ("layers/b/layer.toml", &layer("db")),
+        ("layers/c/layer.toml", &layer("edge")),
+        ("layers/d/layer.toml", &layer("db")),
+    ]);
+    assert_eq!(sandbox.profile().roles(), [Role::Db, Role::Edge]);
+    assert_eq!(Sandbox::new(&[]).profile().roles(), []);
+}

@@ -6,7 +6,8 @@ use std::fs;
 use stanchion::debian::index::Package;
 use stanchion::lock::Lock;
 
-use crate::{Copy, Today, find_today};
+use crate::vanished::find_sandbox;
+use crate::{Copy, Today, find_mirror, find_today};
 
 #[test]
 fn a_fresh_lock_is_not_rewritten_and_needs_no_network() {
@@ -163,4 +164,40 @@ fn an_undefined_variable_ends_a_build_before_anything_is_fetched() {
     assert!(said.contains("at: layers/base/tree/etc/issue.j2:1"), "{said}");
     assert_eq!(fs::read_dir(project.path("cache")).unwrap().count(), 0);
     assert!(!out.exists());
+}
+
+/// The lock that serves for one build is not kept: it lacks the versions of the others.
+#[test]
+fn a_profile_that_cannot_be_solved_does_not_keep_the_others_from_being_built() {
+    if find_mirror().is_none() {
+        return;
+    }
+    let project = Copy::new();
+    if find_sandbox(&project).is_none() {
+        return;
+    }
+    let before = project.read_lock();
+    for (name, packages) in [("sound", "[\"hello\"]"), ("unsound", "[\"helol\"]")] {
+        fs::create_dir(project.path(&format!("layers/{name}"))).unwrap();
+        fs::write(
+            project.path(&format!("layers/{name}/layer.toml")),
+            format!("description = \"{name}\"\npackages = {packages}\n"),
+        )
+        .unwrap();
+        fs::write(
+            project.path(&format!("profiles/{name}.toml")),
+            format!(
+                "description = \"{name}\"\nlayers = [\"base\", \"kernel\", \"{name}\"]\nformats = [\"raw\"]\n"
+            ),
+        )
+        .unwrap();
+    }
+    let out = project.path("out");
+    let said = project.fail(&["build", "sound", "unsound", "--out", out.to_str().unwrap()]);
+    assert!(said.contains("error: 1 of 2 profiles failed"), "{said}");
+    assert!(said.contains("unsound: ") && said.contains("helol"), "{said}");
+    assert!(said.contains("warning: the lock is not written"), "{said}");
+    let manifest = fs::read_to_string(out.join("sound.manifest.json")).unwrap();
+    assert!(manifest.contains("\"name\": \"hello\""), "{manifest}");
+    assert_eq!(project.read_lock(), before);
 }

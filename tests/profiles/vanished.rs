@@ -87,9 +87,9 @@ fn a_vanished_package_is_replaced_with_a_warning_and_never_under_locked() {
 }
 
 /// `None`, with a line that says so, where nothing can be built.
-fn find_sandbox(project: &Copy) -> Option<Sandbox> {
+pub fn find_sandbox(project: &Copy) -> Option<Sandbox> {
     let sandbox = Sandbox::new(env!("CARGO_BIN_EXE_stanchion"));
-    let failed = sandbox.probe(&project.path("cache")).into_iter().find(|check| !check.ok);
+    let failed = sandbox.probe(&project.path(".")).into_iter().find(|check| !check.ok);
     if let Some(check) = failed {
         eprintln!("skipped: {}: {}", check.name, check.detail);
         return None;

@@ -61,7 +61,11 @@ fn prepare(sets: &[&str]) -> Result<Image, String> {
     let project = Project::find(&folder).unwrap();
     let profile = project.load_profile(PROFILE).unwrap();
     let fetch = || -> anyhow::Result<Vec<Tools>> {
-        let lock = prepare_lock(&project, &source, &[profile], false)?;
+        let (lock, mut failures) = prepare_lock(&project, &source, &[profile], false)?;
+        if let Some(error) = failures.remove(PROFILE) {
+            return Err(error);
+        }
+        let lock = lock.unwrap();
         sets.iter().map(|set| provide_tools(&source, &lock, set)).collect()
     };
     let tools = fetch().map_err(|error| match error.downcast_ref::<UserError>() {

@@ -3,7 +3,9 @@
 //!
 //! [`load_cluster`] reads `cluster.toml`. The keys are described in `docs/clusters.md`.
 
+pub mod checklist;
 mod network;
+pub mod ports;
 mod raw;
 mod read;
 mod rules;

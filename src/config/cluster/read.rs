@@ -27,6 +27,10 @@ pub fn load_cluster(path: &Path, project: &Project) -> Result<Cluster> {
             .help("write one with `stanchion cluster new`, or name yours")
             .into());
     }
+    if !path.is_file() {
+        let shown = quote(&path.to_string_lossy());
+        return Err(UserError::new(format!("{shown} is no file")).into());
+    }
     let source = Source::read(Path::new(""), path, "a cluster file")?;
     let raw: RawCluster = source.parse()?;
     let spans = list_spans(&raw);

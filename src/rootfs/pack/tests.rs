@@ -8,10 +8,8 @@ use proptest::prelude::*;
 use rustix::fs::{CWD, XattrFlags};
 
 use super::*;
-use crate::command::Command;
 use crate::debian::archive::{Kind, read_entries};
 use crate::rootfs::extract::tests::describe_tree;
-use crate::tools::Tools;
 
 const EPOCH: u64 = 1_700_000_000;
 
@@ -235,116 +233,6 @@ fn what_a_layer_cannot_hold_is_refused_by_its_path() {
             "device node",
         );
     }
-}
-
-/// mkfs.erofs or fsck.erofs, from the tools root or the path.
-fn find_tool(program: &str) -> Option<Command> {
-    if let Some(root) = std::env::var_os("STANCHION_TOOLS") {
-        return Tools::new(PathBuf::from(root)).command(program).ok();
-    }
-    Command::new(program).arg("--version").run().is_ok().then(|| Command::new(program))
-}
-
-/// Runs a script as root in a mount namespace of its own.
-fn run_mounted(script: &str, dir: &Path) {
-    Command::new("unshare").args(["--mount", "sh", "-euc", script]).directory(dir).run().unwrap();
-}
-
-#[test]
-fn layers_merged_by_mkfs_erofs_are_what_the_overlay_showed() {
-    if !is_root() || find_tool("mkfs.erofs").is_none() {
-        println!("skipped: needs root, and mkfs.erofs in STANCHION_TOOLS or the path");
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let at = |name: &str| dir.path().join(name);
-    for name in ["lower/keep", "lower/opaque/sub", "lower/gone", "upper", "work", "merged", "mnt"] {
-        sys::create_dir_all(at(name)).unwrap();
-    }
-    let deep = format!("lower/{}", ["d".repeat(90), "e".repeat(90), "f".repeat(90)].join("/"));
-    sys::create_dir_all(at(&deep)).unwrap();
-    for name in [
-        "keep/a",
-        "keep/b",
-        "opaque/old",
-        "opaque/sub/old",
-        "gone/x",
-        "changed",
-        "linked",
-        "removed",
-    ] {
-        sys::write(at("lower").join(name), name).unwrap();
-        set_time(&at("lower").join(name), 1_600_000_000);
-    }
-    sys::write(at(&deep).join("file"), vec![7; 100_000]).unwrap();
-    sys::hard_link(at("lower/linked"), at("lower/keep/linked")).unwrap();
-    let capability = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-    set_xattr(&at("lower/keep/a"), "security.capability", &capability);
-    std::os::unix::fs::chown(at("lower/keep/b"), Some(70_000), Some(3_000_000)).unwrap();
-    run_mounted(
-        "mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work merged
-        cd merged
-        rm removed; rm -r gone; rm -r opaque; mkdir opaque; echo new > opaque/new
-        echo more >> changed; chmod 4711 changed; ln changed changed-again
-        ln -s ../keep/a keep/link; mkdir -m 1777 fresh; echo x > fresh/x
-        mv keep/b keep/c",
-        dir.path(),
-    );
-    assert!(sys::symlink_metadata(at("upper/removed")).unwrap().rdev() == 0);
-    for name in ["lower", "upper"] {
-        let to = sys::File::create(at(&format!("{name}.tar"))).unwrap();
-        pack_layer(&at(name), EPOCH, |_| Choice::Keep, to).unwrap();
-        let output = find_tool("mkfs.erofs")
-            .unwrap()
-            .args(["--quiet", "-T0", "--mkfs-time", "-Enoinline_data", "--tar=f", "--aufs"])
-            .args([format!("{name}.erofs"), format!("{name}.tar")])
-            .directory(dir.path())
-            .run();
-        output.unwrap();
-    }
-    find_tool("mkfs.erofs")
-        .unwrap()
-        .args([
-            "--quiet",
-            "-T0",
-            "--mkfs-time",
-            "--ovlfs-strip=1",
-            "index.erofs",
-            "lower.erofs",
-            "upper.erofs",
-        ])
-        .directory(dir.path())
-        .run()
-        .unwrap();
-    // The overlay's own view, its times cut as in a layer; and the image's.
-    run_mounted(
-        "mount -t overlay overlay -o lowerdir=upper:lower merged
-        mkdir shown image
-        cp -a merged/. shown/
-        cat index.erofs lower.erofs upper.erofs > whole.erofs
-        if mount -t erofs -o loop,ro whole.erofs mnt; then cp -a mnt/. image/; else touch no-erofs; fi",
-        dir.path(),
-    );
-    if at("no-erofs").exists() {
-        println!("skipped: this machine cannot mount erofs images");
-        return;
-    }
-    let describe = |name: &str| {
-        let mut tree = describe_tree(&at(name));
-        for (path, shown) in &mut tree {
-            let mtime = sys::symlink_metadata(at(name).join(path)).unwrap().mtime();
-            let clamped = mtime.clamp(0, EPOCH as i64);
-            *shown = shown.replacen(&format!(" {mtime} "), &format!(" {clamped} "), 1);
-        }
-        tree
-    };
-    let (shown, image) = (describe("shown"), describe("image"));
-    assert_eq!(shown, image);
-    assert!(shown.contains_key("opaque/new") && !shown.contains_key("opaque/old"));
-    let mut value = [0; 64];
-    let n =
-        rustix::fs::getxattr(at("image/keep/a"), "security.capability", &mut value[..]).unwrap();
-    assert_eq!(value[..n], capability);
 }
 
 /// What goes into a generated tree.

@@ -1,0 +1,188 @@
+//! Laying rendered files in their places: only what changed, only what its service's own
+//! check takes, and a reload for those it concerns.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use anyhow::Result;
+
+use super::board::{Board, log};
+use super::files::{Access, read_bounded, write_file};
+use super::places::Places;
+use super::render::Rendered;
+use super::roles::{OnChange, Service};
+use super::systemd::{Active, query_unit, reload_unit, restart_unit, run_program};
+
+const MAX_FILE: u64 = 16 << 20;
+
+/// What was laid down in this boot.
+#[derive(Debug, Default)]
+pub struct Applied {
+    /// Targets that are as they were rendered at some time of this boot.
+    accepted: BTreeSet<String>,
+    /// Candidates that their service refused last, which are not asked about again.
+    refused: BTreeMap<String, Vec<u8>>,
+}
+
+impl Applied {
+    /// A target of this service that it refused and of which there is no earlier good one.
+    pub fn find_obstacle(&self, service: &Service) -> Option<&str> {
+        self.refused
+            .keys()
+            .find(|target| service.is_concerned(target) && !self.accepted.contains(*target))
+            .map(String::as_str)
+    }
+}
+
+/// Lay down what differs from what is there. Units that are active are reloaded or
+/// restarted when a file of theirs has changed. Returns the targets that changed.
+pub async fn apply(
+    places: &Places,
+    board: &Board,
+    services: &[Service],
+    applied: &mut Applied,
+    files: Vec<Rendered>,
+) -> Result<Vec<String>> {
+    let mut changed = Vec::new();
+    for file in files {
+        let target = file.target.to_string_lossy().into_owned();
+        let path = places.join(&file.target);
+        if is_same(&path, &file)? {
+            applied.accepted.insert(target.clone());
+            applied.refused.remove(&target);
+            board.clear(&target);
+            continue;
+        }
+        if applied.refused.get(&target) == Some(&file.bytes) {
+            continue;
+        }
+        if let Err(reason) = check_candidate(places, services, &target, &file).await {
+            board
+                .raise(&target, format!("the new file was refused, the old one is kept: {reason}"));
+            applied.refused.insert(target, file.bytes);
+            continue;
+        }
+        write_file(&path, &file.bytes, file.access, false)?;
+        board.clear(&target);
+        applied.refused.remove(&target);
+        applied.accepted.insert(target.clone());
+        changed.push(target);
+    }
+    if !changed.is_empty() {
+        log(&format!("changed files: {}", changed.join(", ")));
+    }
+    for service in services {
+        if changed.iter().any(|target| service.is_concerned(target)) {
+            tell_service(board, service).await;
+        }
+    }
+    Ok(changed)
+}
+
+async fn tell_service(board: &Board, service: &Service) {
+    let told = async {
+        if query_unit(service.unit).await? != Active::Running {
+            return Ok(());
+        }
+        match service.on_change {
+            OnChange::Reload => reload_unit(service.unit).await,
+            OnChange::Restart => restart_unit(service.unit).await,
+            OnChange::Nothing => Ok(()),
+        }
+    };
+    let told: Result<()> = told.await;
+    match told {
+        Ok(()) => board.clear(service.unit),
+        Err(error) => board.raise(service.unit, format!("its files changed, but {error:#}")),
+    }
+}
+
+fn is_same(path: &Path, file: &Rendered) -> Result<bool> {
+    let Ok(meta) = std::fs::symlink_metadata(path) else { return Ok(false) };
+    let same_owner =
+        file.access.owner.is_none_or(|(user, group)| (meta.uid(), meta.gid()) == (user, group));
+    if !meta.is_file() || !same_owner || meta.mode() & 0o7777 != file.access.mode {
+        return Ok(false);
+    }
+    Ok(meta.len() <= MAX_FILE && read_bounded(path, MAX_FILE)? == Some(file.bytes.clone()))
+}
+
+/// Let the service look at a candidate, in a folder for root alone.
+async fn check_candidate(
+    places: &Places,
+    services: &[Service],
+    target: &str,
+    file: &Rendered,
+) -> Result<(), String> {
+    let Some(check) =
+        services.iter().filter_map(|service| service.check).find(|check| check.file == target)
+    else {
+        return Ok(());
+    };
+    let candidate = places.candidates().join(target.trim_start_matches('/'));
+    let access = Access { mode: 0o600, ..file.access };
+    write_file(&candidate, &file.bytes, access, false).map_err(|error| format!("{error:#}"))?;
+    let shown = candidate.to_string_lossy();
+    let words: Vec<String> = check.program.iter().map(|word| word.replace("{}", &shown)).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let checked = run_program(&words).await;
+    // It may hold secrets.
+    let _ = super::files::remove_file(&candidate);
+    checked.map(drop).map_err(|error| shorten(&format!("{error:#}")))
+}
+
+/// The last lines of what a check said; the whole stands in no status.
+fn shorten(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let first = lines.first().copied().unwrap_or("");
+    let last = lines[lines.len().saturating_sub(4).max(1).min(lines.len())..].join(" | ");
+    let mut short = format!("{first} {last}");
+    let end = (0..=short.len().min(600)).rev().find(|i| short.is_char_boundary(*i)).unwrap_or(0);
+    short.truncate(end);
+    short
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::roles::Check;
+    use std::path::PathBuf;
+
+    const SERVICES: [Service; 1] = [Service {
+        unit: "stanchion-no-such-unit.service",
+        files: &["/etc/x/"],
+        check: Some(Check { file: "/etc/x/main", program: &["grep", "-q", "good", "{}"] }),
+        on_change: OnChange::Reload,
+    }];
+
+    fn rendered(bytes: &str) -> Vec<Rendered> {
+        vec![Rendered {
+            target: PathBuf::from("/etc/x/main"),
+            bytes: bytes.into(),
+            access: Access { mode: 0o644, owner: None },
+        }]
+    }
+
+    #[tokio::test]
+    async fn a_refused_file_leaves_the_old_one_and_says_so() {
+        let root = tempfile::tempdir().unwrap();
+        let (places, board) = (Places::under(root.path()), Board::default());
+        let mut applied = Applied::default();
+        let lay = async |text: &str, applied: &mut Applied| {
+            apply(&places, &board, &SERVICES, applied, rendered(text)).await.unwrap()
+        };
+        assert!(lay("bad", &mut applied).await.is_empty());
+        assert_eq!(applied.find_obstacle(&SERVICES[0]), Some("/etc/x/main"));
+        assert_eq!(lay("good 1", &mut applied).await, ["/etc/x/main"]);
+        assert_eq!(applied.find_obstacle(&SERVICES[0]), None);
+        assert!(lay("good 1", &mut applied).await.is_empty());
+        assert!(lay("worse", &mut applied).await.is_empty());
+        assert_eq!(applied.find_obstacle(&SERVICES[0]), None);
+        let kept = std::fs::read_to_string(root.path().join("etc/x/main")).unwrap();
+        assert_eq!(kept, "good 1");
+        assert!(board.snapshot().problems["/etc/x/main"].contains("refused"));
+        assert!(lay("good 1", &mut applied).await.is_empty());
+        assert!(!board.snapshot().problems.contains_key("/etc/x/main"));
+    }
+}

@@ -1,0 +1,184 @@
+//! main: start the services of the roles, then keep their files in step with the cluster.
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use super::board::log;
+use super::cache_start::{choose_master, set_master};
+use super::files::read_bounded;
+use super::node::{Node, lock};
+use super::observe::{Observer, Shared, keep_registration};
+use super::patroni;
+use super::render::{NodeView, merge_nodes};
+use super::runner::{Retry, Step, Verdict};
+use super::systemd::{Active, query_unit, reload_daemon, start_unit};
+use super::watch_leader::Watcher;
+use crate::config::cluster::Role;
+
+const QUICK: Retry =
+    Retry::Until { first: Duration::from_millis(300), longest: Duration::from_secs(2) };
+/// Files are rendered anew so often even when nothing was told.
+const TICK: Duration = Duration::from_secs(10);
+
+pub const STEPS: [Step<Node>; 5] = [
+    Step {
+        name: "register",
+        purpose: "telling the others about this node",
+        retry: QUICK,
+        run: |node| Box::pin(register(node)),
+    },
+    Step {
+        name: "db",
+        purpose: "starting the database",
+        retry: QUICK,
+        run: |node| Box::pin(start_role(node, Role::Db)),
+    },
+    Step {
+        name: "edge",
+        purpose: "starting the edge",
+        retry: QUICK,
+        run: |node| Box::pin(start_role(node, Role::Edge)),
+    },
+    Step {
+        name: "cache",
+        purpose: "starting Redis and Sentinel",
+        retry: QUICK,
+        run: |node| {
+            Box::pin(async {
+                if node.has(Role::Cache) {
+                    match choose_master(node).await? {
+                        Verdict::Done => {}
+                        other => return Ok(other),
+                    }
+                }
+                start_role(node, Role::Cache).await
+            })
+        },
+    },
+    Step {
+        name: "exporters",
+        purpose: "starting what tells figures",
+        retry: Retry::GoOn,
+        run: |node| {
+            Box::pin(async { start_units(node, &["prometheus-node-exporter.service"]).await })
+        },
+    },
+];
+
+async fn register(node: &mut Node) -> Result<Verdict> {
+    let shared = Shared::default();
+    node.shared = shared.clone();
+    let units: Vec<&'static str> =
+        super::roles::list_role_services(&node.entry.roles).map(|service| service.unit).collect();
+    tokio::spawn(Observer::new(node, shared.clone(), units).run());
+    let key = node.registry.key("nodes", &node.entry.name);
+    tokio::spawn(keep_registration(node.etcd.clone(), key, shared.clone()));
+    if node.has(Role::Db) {
+        tokio::spawn(Watcher::new(node, shared.lease).run());
+    }
+    Ok(Verdict::Done)
+}
+
+async fn start_role(node: &mut Node, role: Role) -> Result<Verdict> {
+    if !node.has(role) {
+        return Ok(Verdict::Done);
+    }
+    let units: Vec<&'static str> =
+        super::roles::list_role_services(&[role]).map(|service| service.unit).collect();
+    start_units(node, &units).await
+}
+
+/// Start units that have not been started in this boot. One that somebody has stopped
+/// since is left alone: systemd restarts what crashes.
+async fn start_units(node: &mut Node, units: &[&'static str]) -> Result<Verdict> {
+    let mut obstacles = Vec::new();
+    for unit in units {
+        if node.started.contains(unit) {
+            continue;
+        }
+        let service = node.services.iter().find(|service| service.unit == *unit);
+        if let Some(file) = service.and_then(|service| node.applied.find_obstacle(service)) {
+            obstacles.push(format!("{unit} waits: {file} was refused"));
+            continue;
+        }
+        match query_unit(unit).await? {
+            Active::Missing => obstacles.push(format!("this image has no {unit}")),
+            Active::Running | Active::Changing => drop(node.started.insert(unit)),
+            Active::Stopped | Active::Failed => {
+                start_unit(unit).await?;
+                node.started.insert(unit);
+            }
+        }
+    }
+    Ok(if obstacles.is_empty() { Verdict::Done } else { Verdict::Warn(obstacles.join("; ")) })
+}
+
+/// Keep the node's files in step with the cluster, for ever.
+pub async fn keep_up(node: &mut Node) {
+    let registry = node.registry.clone();
+    loop {
+        if let Err(error) = catch_up(node).await {
+            node.board.raise("files", format!("{error:#}"));
+        } else {
+            node.board.clear("files");
+        }
+        tokio::select! {
+            () = registry.wait_for_change() => {
+                // Nodes that come together are taken in together.
+                tokio::time::sleep(Duration::from_millis(300)).await;
+            }
+            () = tokio::time::sleep(TICK) => {}
+        }
+    }
+}
+
+async fn catch_up(node: &mut Node) -> Result<()> {
+    let registered = node.registry.list_nodes();
+    let views = registered.into_iter().map(|(name, entry)| (name, entry.node));
+    let views: std::collections::BTreeMap<String, NodeView> = views.collect();
+    // Nodes that are not in the cluster file are in the list only while they are there.
+    node.facts.nodes = merge_nodes(&node.seed, &views);
+    let master = *lock(&node.shared.redis_master);
+    if let Some(master) = master {
+        set_master(node, master);
+    }
+    let changed = node.lay_files().await?;
+    if changed.iter().any(|target| target.starts_with("/etc/systemd/system/")) {
+        reload_daemon().await?;
+    }
+    // What could not start for a file that was refused may do so now.
+    let units: Vec<&'static str> =
+        super::roles::list_role_services(&node.entry.roles).map(|service| service.unit).collect();
+    if let Verdict::Warn(reason) = start_units(node, &units).await? {
+        node.board.raise("services", reason);
+    } else {
+        node.board.clear("services");
+    }
+    if node.has(Role::Db) {
+        reconcile_settings(node).await;
+    }
+    Ok(())
+}
+
+/// Patroni reads its dynamic settings from its file once; later they come through its
+/// interface, from one node only: the leader's.
+async fn reconcile_settings(node: &mut Node) {
+    let path = node.places.join("/etc/patroni/dynamic.json");
+    let reconcile = async {
+        let own = patroni::read_own(&node.http, node.entry.address).await?;
+        let Some(bytes) = read_bounded(&path, 64 << 10)?.filter(|_| own.role == "primary") else {
+            return Ok(Vec::new());
+        };
+        let wanted = serde_json::from_slice(&bytes)?;
+        let Some(secret) = node.seed.secrets.get("patroni_rest") else { return Ok(Vec::new()) };
+        patroni::reconcile(&node.http, node.entry.address, secret, &wanted).await
+    };
+    let done: Result<Vec<String>> = reconcile.await;
+    match done {
+        Ok(names) if names.is_empty() => {}
+        Ok(names) => log(&format!("patroni: set {}", names.join(", "))),
+        // A Patroni that does not answer is told by readiness.
+        Err(_) => {}
+    }
+}

@@ -1,0 +1,118 @@
+//! A node that knows who it is: what all phases work on.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use reqwest::Client;
+
+use super::apply::{Applied, apply};
+use super::board::Board;
+use super::etcd::Etcd;
+use super::find_seed::read_memory;
+use super::join::Record;
+use super::join_act::read_record;
+use super::observe::Shared;
+use super::places::Places;
+use super::registry::Registry;
+use super::render::{Facts, render_all};
+use super::roles::{Service, list_services};
+use super::tls::Tls;
+use crate::config::cluster::{Node as Entry, Role};
+use crate::seed::Seed;
+
+/// Everything the phases share.
+pub struct Node {
+    pub places: Places,
+    pub board: Board,
+    pub seed: Arc<Seed>,
+    pub entry: Entry,
+    pub facts: Facts,
+    pub services: Vec<Service>,
+    pub applied: Applied,
+    pub tls: Tls,
+    pub http: Client,
+    /// All db nodes, this one first if it is one.
+    pub etcd: Etcd,
+    pub registry: Registry,
+    pub shared: Shared,
+    /// Units that were started, or found running, since this agent started.
+    pub started: BTreeSet<&'static str>,
+    /// Since when this node looks for the Redis master.
+    pub cache_since: Option<Instant>,
+}
+
+impl Node {
+    pub fn new(places: Places, board: Board, seed: Seed) -> Result<Self> {
+        let entry = seed.entry().context("the seed's node is not in its cluster")?.clone();
+        let tls = Tls::from_seed(&seed)?;
+        let http = tls.make_http_client()?;
+        let seed = Arc::new(seed);
+        let mut databases: Vec<&Entry> = seed.cluster.list_nodes(Role::Db).collect();
+        databases.sort_by_key(|node| node.name != entry.name);
+        let endpoints = databases.iter().map(|node| etcd_url(node)).collect();
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut facts = Facts::from_seed(seed.clone(), read_memory(&places), cpus);
+        // An etcd that systemd restarts while it joins must not think it forms a cluster.
+        if !matches!(read_record(&places)?, Record::Nothing | Record::Forming { .. }) {
+            facts.etcd.state = "existing";
+        }
+        {
+            let mut status = board.lock();
+            status.node = seed.node.clone();
+            status.cluster = seed.cluster.name.clone();
+        }
+        Ok(Node {
+            services: list_services(&entry.roles),
+            applied: Applied::default(),
+            etcd: Etcd::new(http.clone(), endpoints),
+            registry: Registry::new(&seed.cluster.name),
+            shared: Shared::default(),
+            started: BTreeSet::new(),
+            cache_since: None,
+            places,
+            board,
+            entry,
+            facts,
+            tls,
+            http,
+            seed,
+        })
+    }
+
+    pub fn has(&self, role: Role) -> bool {
+        self.entry.has(role)
+    }
+
+    /// Render everything with the present facts and lay down what changed.
+    ///
+    /// # Errors
+    /// When nothing can be rendered at all; one bad template is told as a problem.
+    pub async fn lay_files(&mut self) -> Result<Vec<String>> {
+        let (files, failed) = render_all(&self.places, &self.facts)?;
+        match failed.first() {
+            None => self.board.clear("templates"),
+            Some(first) => {
+                let more = failed.len() - 1;
+                let rest = if more > 0 { format!(" (and {more} more)") } else { String::new() };
+                self.board.raise("templates", format!("{first}{rest}"));
+            }
+        }
+        apply(&self.places, &self.board, &self.services, &mut self.applied, files).await
+    }
+
+    /// A client of one node's etcd alone.
+    pub fn ask_etcd_of(&self, node: &Entry) -> Etcd {
+        Etcd::new(self.http.clone(), vec![etcd_url(node)])
+    }
+}
+
+fn etcd_url(node: &Entry) -> String {
+    format!("https://{}:2379", node.address)
+}
+
+/// Lock a mutex that no panic can have left half-changed.
+pub fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

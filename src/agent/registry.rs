@@ -1,0 +1,340 @@
+//! The cluster's registry in etcd: who is there, what each sees, who has a pulse.
+//!
+//! ```text
+//! /stanchion/<cluster>/nodes/<name>    registration, under a lease of 10 s
+//! /stanchion/<cluster>/seen/<name>     what its agent sees of the leader, same lease
+//! /stanchion/<cluster>/pulse/<name>    under a lease of 2 s: the agent lives
+//! /stanchion/<cluster>/secrets/<name>  keyed fingerprint of a secret
+//! /stanchion/<cluster>/locks/<name>    one-time work
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use super::board::{Phase, log};
+use super::etcd::{Etcd, Event, KeyValue};
+use super::failover::{Dated, Sighting};
+use super::node::lock;
+use super::render::NodeView;
+
+pub const NODE_LEASE: u32 = 10;
+/// The shortest that etcd grants with its usual election timeout.
+pub const PULSE_LEASE: u32 = 2;
+/// A watch that has been silent for so long is made anew: its server may be gone.
+const SILENCE: Duration = Duration::from_secs(15);
+
+/// What a node tells about itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Registration {
+    #[serde(flatten)]
+    pub node: NodeView,
+    pub version: String,
+    pub phase: Phase,
+    pub ready: bool,
+    pub reasons: Vec<String>,
+    /// `leader`, `follower`, or what is wrong; empty without the role.
+    #[serde(default)]
+    pub etcd: String,
+    /// Patroni's role and state; empty without the role.
+    #[serde(default)]
+    pub postgres: String,
+    /// Bytes of the leader's log that this replica has not replayed.
+    #[serde(default)]
+    pub lag: Option<u64>,
+    #[serde(default)]
+    pub redis: String,
+    /// It holds the VIP.
+    #[serde(default)]
+    pub vip: bool,
+}
+
+#[derive(Debug, Default)]
+struct Content {
+    nodes: BTreeMap<String, Registration>,
+    pulses: BTreeSet<String>,
+    seen: BTreeMap<String, (Sighting, Instant)>,
+}
+
+/// A copy of the registry, kept up to date by [`Registry::follow`].
+#[derive(Clone)]
+pub struct Registry {
+    prefix: Arc<str>,
+    content: Arc<Mutex<Content>>,
+    changed: Arc<tokio::sync::Notify>,
+}
+
+impl Registry {
+    pub fn new(cluster: &str) -> Self {
+        Registry {
+            prefix: format!("/stanchion/{cluster}/").into(),
+            content: Arc::default(),
+            changed: Arc::default(),
+        }
+    }
+
+    /// The key of a thing of a kind, such as `nodes` and `n1`.
+    pub fn key(&self, kind: &str, name: &str) -> String {
+        format!("{}{kind}/{name}", self.prefix)
+    }
+
+    pub fn list_nodes(&self) -> BTreeMap<String, Registration> {
+        lock(&self.content).nodes.clone()
+    }
+
+    pub fn list_pulses(&self) -> BTreeSet<String> {
+        lock(&self.content).pulses.clone()
+    }
+
+    pub fn list_sightings(&self) -> BTreeMap<String, Dated> {
+        let content = lock(&self.content);
+        let date = |(sighting, at): &(Sighting, Instant)| Dated {
+            sighting: sighting.clone(),
+            age: at.elapsed(),
+        };
+        content.seen.iter().map(|(name, seen)| (name.clone(), date(seen))).collect()
+    }
+
+    /// Wait until a node has come, gone or changed what others' files hang on.
+    pub async fn wait_for_change(&self) {
+        self.changed.notified().await;
+    }
+
+    /// Follow the registry for ever.
+    pub async fn follow(self, etcd: Etcd) {
+        let mut told = false;
+        loop {
+            if let Err(error) = self.follow_once(&etcd).await {
+                if !told {
+                    log(&format!("registry: {error:#}; reading it anew"));
+                }
+                told = true;
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            } else {
+                told = false;
+            }
+        }
+    }
+
+    async fn follow_once(&self, etcd: &Etcd) -> Result<()> {
+        let listing = etcd.list(&self.prefix).await?;
+        self.replace(&listing.entries);
+        let mut watch = etcd.watch(&self.prefix, listing.revision + 1).await?;
+        loop {
+            match tokio::time::timeout(SILENCE, watch.next()).await {
+                Err(_) => return Ok(()),
+                Ok(events) => {
+                    for event in events? {
+                        self.take(event);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Take a whole listing; what it lacks is gone.
+    fn replace(&self, entries: &[KeyValue]) {
+        let (before, old_seen) = {
+            let mut content = lock(&self.content);
+            let old = std::mem::take(&mut *content);
+            (old.nodes, old.seen)
+        };
+        for entry in entries {
+            self.put(entry);
+        }
+        let mut content = lock(&self.content);
+        // What has not changed is not newer for having been read again.
+        for (name, (sighting, at)) in &mut content.seen {
+            if let Some((old, since)) = old_seen.get(name)
+                && old == sighting
+            {
+                *at = *since;
+            }
+        }
+        let differs = !same_views(&before, &content.nodes);
+        drop(content);
+        if differs {
+            self.changed.notify_one();
+        }
+    }
+
+    fn take(&self, event: Event) {
+        let before = lock(&self.content).nodes.clone();
+        match event {
+            Event::Put(entry) => self.put(&entry),
+            Event::Delete { key } => {
+                let mut content = lock(&self.content);
+                match self.split(&key) {
+                    Some(("nodes", name)) => drop(content.nodes.remove(name)),
+                    Some(("pulse", name)) => drop(content.pulses.remove(name)),
+                    Some(("seen", name)) => drop(content.seen.remove(name)),
+                    _ => {}
+                }
+            }
+        }
+        if !same_views(&before, &lock(&self.content).nodes) {
+            self.changed.notify_one();
+        }
+    }
+
+    fn put(&self, entry: &KeyValue) {
+        let mut content = lock(&self.content);
+        match self.split(&entry.key) {
+            Some(("nodes", name)) => {
+                // Configuration is made of it: what does not fit is not taken.
+                if let Ok(node) = serde_json::from_str::<Registration>(&entry.value)
+                    && node.node.name == name
+                    && is_plain(name)
+                    && is_plain(&node.node.zone)
+                    && is_plain(&node.node.profile)
+                {
+                    content.nodes.insert(name.to_string(), node);
+                }
+            }
+            Some(("pulse", name)) => drop(content.pulses.insert(name.to_string())),
+            Some(("seen", name)) => {
+                if let Ok(sighting) = serde_json::from_str(&entry.value) {
+                    content.seen.insert(name.to_string(), (sighting, Instant::now()));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn split<'k>(&self, key: &'k str) -> Option<(&'k str, &'k str)> {
+        key.strip_prefix(&*self.prefix)?.split_once('/')
+    }
+}
+
+/// A name that may stand in any configuration.
+fn is_plain(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
+    matches!(name.len(), 1..=63) && name.bytes().all(plain)
+}
+
+fn same_views(a: &BTreeMap<String, Registration>, b: &BTreeMap<String, Registration>) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|((_, a), (_, b))| a.node == b.node)
+}
+
+/// A lease that is kept, and granted anew when it was lost.
+pub struct Lease {
+    etcd: Etcd,
+    seconds: u32,
+    id: Option<i64>,
+}
+
+impl Lease {
+    pub fn new(etcd: Etcd, seconds: u32) -> Self {
+        Lease { etcd, seconds, id: None }
+    }
+
+    /// Keep it. The id, and whether it is a new one, under which nothing is written yet.
+    pub async fn keep(&mut self) -> Result<(i64, bool)> {
+        if let Some(id) = self.id {
+            match self.etcd.keep_alive(id).await {
+                Ok(true) => return Ok((id, false)),
+                Ok(false) => self.id = None,
+                Err(error) => {
+                    if error.downcast_ref::<super::etcd::Rejected>().is_some() {
+                        self.id = None;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        let id = self.etcd.grant(self.seconds).await?;
+        self.id = Some(id);
+        Ok((id, true))
+    }
+
+    pub async fn give_up(&mut self) {
+        if let Some(id) = self.id.take() {
+            // It runs out anyway.
+            let _ = self.etcd.revoke(id).await;
+        }
+    }
+}
+
+/// Keep this node's pulse for ever.
+pub async fn keep_pulse(etcd: Etcd, key: String) {
+    let mut lease = Lease::new(etcd.clone(), PULSE_LEASE);
+    let mut written = false;
+    loop {
+        let beat = async {
+            let (id, new) = lease.keep().await?;
+            written &= !new;
+            if !written {
+                etcd.put(&key, "", Some(id)).await?;
+                written = true;
+            }
+            Ok::<_, anyhow::Error>(())
+        };
+        // What fails is tried again at the next beat.
+        let _ = beat.await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::cluster::Role;
+
+    fn registration(name: &str) -> Registration {
+        Registration {
+            node: NodeView {
+                name: name.into(),
+                address: [10, 0, 0, 4].into(),
+                zone: "z1".into(),
+                profile: "web".into(),
+                roles: vec![Role::Web],
+                ordinal: 4,
+            },
+            version: "1".into(),
+            phase: Phase::Main,
+            ready: true,
+            reasons: Vec::new(),
+            etcd: String::new(),
+            postgres: String::new(),
+            lag: None,
+            redis: String::new(),
+            vip: false,
+        }
+    }
+
+    fn entry(key: &str, value: &str) -> KeyValue {
+        KeyValue { key: key.into(), value: value.into(), mod_revision: 1, lease: 0 }
+    }
+
+    #[test]
+    fn nodes_come_and_go_and_nonsense_is_left_out() {
+        let registry = Registry::new("c");
+        let good = serde_json::to_string(&registration("w1")).unwrap();
+        let evil = serde_json::to_string(&registration("x\n  server evil")).unwrap();
+        registry.take(Event::Put(entry("/stanchion/c/nodes/w1", &good)));
+        registry.take(Event::Put(entry("/stanchion/c/nodes/x\n  server evil", &evil)));
+        registry.take(Event::Put(entry("/stanchion/c/nodes/w2", &good)));
+        registry.take(Event::Put(entry("/stanchion/c/nodes/w3", "{}")));
+        registry.take(Event::Put(entry("/stanchion/c/pulse/w1", "")));
+        assert_eq!(registry.list_nodes().keys().collect::<Vec<_>>(), ["w1"]);
+        assert!(registry.list_pulses().contains("w1"));
+        registry.take(Event::Delete { key: "/stanchion/c/pulse/w1".into() });
+        assert!(registry.list_pulses().is_empty());
+        registry.replace(&[]);
+        assert!(registry.list_nodes().is_empty());
+    }
+
+    #[test]
+    fn a_sighting_that_is_read_again_grows_older() {
+        let registry = Registry::new("c");
+        let seen =
+            entry("/stanchion/c/seen/n2", &serde_json::to_string(&Sighting::default()).unwrap());
+        registry.replace(std::slice::from_ref(&seen));
+        std::thread::sleep(Duration::from_millis(20));
+        registry.replace(&[seen]);
+        assert!(registry.list_sightings()["n2"].age >= Duration::from_millis(20));
+    }
+}

@@ -1,0 +1,283 @@
+//! What an agent answers: to the cluster over mutual TLS on 7443, to this machine in plain
+//! HTTP on 7080 (health only), and to `stanchion-agent status` on a socket for root.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use axum::Router;
+use axum::extract::{Path, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Json, Response};
+use axum::routing::get;
+use serde::Serialize;
+use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+
+use super::board::{Board, Status, StepOutcome, log};
+use super::join_act::answer_bootstrap;
+use super::node::Node;
+use super::places::Places;
+use super::registry::{Registration, Registry};
+use super::render::make_plan;
+
+pub const PORT: u16 = 7443;
+pub const HEALTH_PORT: u16 = 7080;
+/// Connections that may be in their handshake, or open, at the same time.
+const MAX_CONNECTIONS: usize = 128;
+const HANDSHAKE: Duration = Duration::from_secs(5);
+const MAX_RELAYED: usize = 8 << 20;
+
+#[derive(Clone)]
+struct Answers {
+    board: Board,
+    places: Places,
+    registry: Registry,
+    http: reqwest::Client,
+    node: Arc<str>,
+    plan: Arc<str>,
+}
+
+/// What `status` shows: this node in detail, the others as they registered.
+#[derive(Debug, Serialize, serde::Deserialize)]
+pub struct Page {
+    #[serde(flatten)]
+    pub status: Status,
+    pub nodes: Vec<Registration>,
+}
+
+/// Listen on the node's address and on loopback; both go on in the background.
+pub async fn serve(node: &Node) -> Result<()> {
+    let answers = Answers {
+        board: node.board.clone(),
+        places: node.places.clone(),
+        registry: node.registry.clone(),
+        http: node.http.clone(),
+        node: node.entry.name.as_str().into(),
+        plan: make_plan(&node.seed).into(),
+    };
+    let health =
+        Router::new().route("/healthz", get(tell_health)).route("/readyz", get(tell_ready));
+    let all = health
+        .clone()
+        .route("/status", get(tell_status))
+        .route("/bootstrap", get(tell_bootstrap))
+        .route("/metrics", get(tell_metrics))
+        .route("/metrics/{exporter}", get(relay_metrics))
+        .with_state(answers.clone());
+    let address = SocketAddr::from((node.entry.address, PORT));
+    let listener =
+        TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))?;
+    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, HEALTH_PORT));
+    match TcpListener::bind(loopback).await {
+        Ok(plain) => {
+            let health = health.with_state(answers.clone());
+            tokio::spawn(async move { axum::serve(plain, health).await });
+        }
+        // A node does without; whoever asks there finds out.
+        Err(error) => node.board.raise("health", format!("listening on {loopback}: {error}")),
+    }
+    let secure = accept_secure(listener, TlsAcceptor::from(node.tls.server.clone()));
+    tokio::spawn(async move { axum::serve(secure, all).await });
+    Ok(())
+}
+
+/// Connections whose handshake is done; a slow or wrong peer holds up nobody.
+struct Secure {
+    ready: mpsc::Receiver<(TlsStream<TcpStream>, SocketAddr)>,
+    local: SocketAddr,
+}
+
+fn accept_secure(listener: TcpListener, acceptor: TlsAcceptor) -> Secure {
+    let local = listener.local_addr().unwrap_or(SocketAddr::from(([0, 0, 0, 0], PORT)));
+    let (sender, ready) = mpsc::channel(16);
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    tokio::spawn(async move {
+        loop {
+            let Ok(slot) = slots.clone().acquire_owned().await else { return };
+            let (stream, peer) = match listener.accept().await {
+                Ok(accepted) => accepted,
+                Err(_) => {
+                    // Out of descriptors, perhaps: a pause helps, ending does not.
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                    continue;
+                }
+            };
+            let (acceptor, sender) = (acceptor.clone(), sender.clone());
+            tokio::spawn(async move {
+                match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
+                    Ok(Ok(stream)) => drop(sender.send((stream, peer)).await),
+                    Ok(Err(error)) => log(&format!("refused {}: {error}", peer.ip())),
+                    Err(_) => log(&format!("refused {}: no handshake", peer.ip())),
+                }
+                drop(slot);
+            });
+        }
+    });
+    Secure { ready, local }
+}
+
+impl axum::serve::Listener for Secure {
+    type Io = TlsStream<TcpStream>;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+        match self.ready.recv().await {
+            Some(accepted) => accepted,
+            // The accepting task ends only with the program.
+            None => std::future::pending().await,
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<Self::Addr> {
+        Ok(self.local)
+    }
+}
+
+async fn tell_health() -> &'static str {
+    "ok\n"
+}
+
+async fn tell_ready(State(answers): State<Answers>) -> Response {
+    let (ready, reasons) = {
+        let status = answers.board.lock();
+        (status.ready, status.reasons.clone())
+    };
+    let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (code, Json(json!({"ready": ready, "reasons": reasons}))).into_response()
+}
+
+async fn tell_status(State(answers): State<Answers>) -> Json<Page> {
+    Json(make_page(&answers.board, Some(&answers.registry)))
+}
+
+fn make_page(board: &Board, registry: Option<&Registry>) -> Page {
+    let nodes = registry.map(|registry| registry.list_nodes().into_values().collect());
+    Page { status: board.snapshot(), nodes: nodes.unwrap_or_default() }
+}
+
+async fn tell_bootstrap(State(answers): State<Answers>) -> Response {
+    match answer_bootstrap(&answers.places, &answers.node, &answers.plan) {
+        Ok(answer) => Json(answer).into_response(),
+        Err(error) => fail(&error),
+    }
+}
+
+fn fail(error: &anyhow::Error) -> Response {
+    let body = Json(json!({"error": format!("{error:#}")}));
+    (StatusCode::INTERNAL_SERVER_ERROR, body).into_response()
+}
+
+/// The agent's own figures in Prometheus' form.
+async fn tell_metrics(State(answers): State<Answers>) -> Response {
+    let status = answers.board.snapshot();
+    let text = write_metrics(&status, &answers.registry);
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
+}
+
+fn write_metrics(status: &Status, registry: &Registry) -> String {
+    let mut text = String::new();
+    let mut figure = |name: &str, help: &str, value: f64| {
+        text += &format!("# HELP {name} {help}\n# TYPE {name} gauge\n{name} {value}\n");
+    };
+    let memory = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages: f64 =
+        memory.split_whitespace().nth(1).and_then(|text| text.parse().ok()).unwrap_or(0.0);
+    figure("stanchion_ready", "Whether this node is ready.", f64::from(u8::from(status.ready)));
+    figure("stanchion_phase", "0 pre-start, 1 bootstrap, 2 main.", f64::from(status.phase as u8));
+    figure("stanchion_problems", "Things that are not well.", status.problems.len() as f64);
+    figure("stanchion_reasons", "Reasons for not being ready.", status.reasons.len() as f64);
+    figure("stanchion_nodes", "Nodes that are registered.", registry.list_nodes().len() as f64);
+    figure("stanchion_agent_resident_bytes", "Memory of the agent.", pages * 4096.0);
+    text += "# HELP stanchion_step_seconds How long a step took.\n";
+    text += "# TYPE stanchion_step_seconds gauge\n";
+    for step in &status.steps {
+        let done = matches!(step.outcome, StepOutcome::Done | StepOutcome::Warned(_));
+        text += &format!(
+            "stanchion_step_seconds{{phase=\"{}\",step=\"{}\",done=\"{done}\"}} {}\n",
+            step.phase.name(),
+            step.name,
+            step.seconds
+        );
+    }
+    text
+}
+
+/// Figures of the exporters, which listen on loopback only.
+async fn relay_metrics(State(answers): State<Answers>, Path(exporter): Path<String>) -> Response {
+    let port = match exporter.as_str() {
+        "node" => 9100,
+        "postgres" => 9187,
+        "redis" => 9121,
+        _ => return StatusCode::NOT_FOUND.into_response(),
+    };
+    let relay = async {
+        let url = format!("http://127.0.0.1:{port}/metrics");
+        let request = answers.http.get(url).timeout(Duration::from_secs(10));
+        let mut response = request.send().await?.error_for_status()?;
+        let mut bytes = Vec::new();
+        while let Some(chunk) = response.chunk().await? {
+            bytes.extend_from_slice(&chunk);
+            anyhow::ensure!(bytes.len() <= MAX_RELAYED, "too many figures");
+        }
+        Ok::<_, anyhow::Error>(bytes)
+    };
+    match relay.await {
+        Ok(bytes) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], bytes).into_response(),
+        Err(_) => (StatusCode::BAD_GATEWAY, "the exporter does not answer\n").into_response(),
+    }
+}
+
+/// Listen for `stanchion-agent status`: whoever may open the socket gets the page as JSON.
+pub fn serve_socket(
+    places: &Places,
+    board: &Board,
+    registry: Arc<std::sync::OnceLock<Registry>>,
+) -> Result<()> {
+    let path = places.socket();
+    std::fs::create_dir_all(places.run())
+        .with_context(|| format!("making {}", places.run().display()))?;
+    super::files::remove_file(&path).context("removing the last run's socket")?;
+    // Nobody else may connect, not even between its making and a later change of mode.
+    let before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
+    let listener = UnixListener::bind(&path);
+    rustix::process::umask(before);
+    let listener = listener.with_context(|| format!("listening on {}", path.display()))?;
+    let board = board.clone();
+    tokio::spawn(async move {
+        loop {
+            let Ok((mut stream, _)) = listener.accept().await else {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                continue;
+            };
+            let page = make_page(&board, registry.get());
+            let text = serde_json::to_vec(&page).unwrap_or_default();
+            tokio::spawn(async move {
+                let write = async {
+                    stream.write_all(&text).await?;
+                    stream.shutdown().await
+                };
+                tokio::time::timeout(HANDSHAKE, write).await
+            });
+        }
+    });
+    Ok(())
+}
+
+/// Ask the agent of this machine.
+pub fn ask_socket(places: &Places) -> Result<Value> {
+    use std::io::Read;
+    let path = places.socket();
+    let mut stream = std::os::unix::net::UnixStream::connect(&path)
+        .with_context(|| format!("asking the agent at {}", path.display()))?;
+    stream.set_read_timeout(Some(HANDSHAKE)).context("asking the agent")?;
+    let mut text = String::new();
+    (&mut stream).take(4 << 20).read_to_string(&mut text).context("reading the agent's status")?;
+    serde_json::from_str(&text).context("reading the agent's status")
+}

@@ -1,0 +1,93 @@
+//! Units of systemd, started and asked by `systemctl`.
+
+use anyhow::{Context, Result};
+
+use crate::command::Command;
+
+/// Whether a unit runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Active {
+    Running,
+    /// Starting or stopping.
+    Changing,
+    Stopped,
+    Failed,
+    /// There is no such unit in this image.
+    Missing,
+}
+
+/// Ask for the state of a unit.
+pub async fn query_unit(unit: &str) -> Result<Active> {
+    let arguments = ["show", "--property=LoadState,ActiveState", unit];
+    let text = run_systemctl(&arguments).await?;
+    Ok(read_state(&text))
+}
+
+fn read_state(text: &str) -> Active {
+    let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("");
+    match (value("LoadState="), value("ActiveState=")) {
+        ("not-found" | "masked" | "bad-setting" | "error", _) => Active::Missing,
+        (_, "active" | "reloading" | "refreshing") => Active::Running,
+        (_, "activating" | "deactivating") => Active::Changing,
+        (_, "failed") => Active::Failed,
+        _ => Active::Stopped,
+    }
+}
+
+/// Ask systemd to start a unit, without waiting until it is up.
+pub async fn start_unit(unit: &str) -> Result<()> {
+    run_systemctl(&["start", "--no-block", unit]).await.map(drop)
+}
+
+pub async fn stop_unit(unit: &str) -> Result<()> {
+    run_systemctl(&["stop", unit]).await.map(drop)
+}
+
+pub async fn restart_unit(unit: &str) -> Result<()> {
+    run_systemctl(&["restart", "--no-block", unit]).await.map(drop)
+}
+
+/// Let a unit read its files again, or restart it if it cannot.
+pub async fn reload_unit(unit: &str) -> Result<()> {
+    run_systemctl(&["reload-or-restart", "--no-block", unit]).await.map(drop)
+}
+
+/// Forget that a unit failed, so that it can be started again at once.
+pub async fn forget_failure(unit: &str) -> Result<()> {
+    run_systemctl(&["reset-failed", unit]).await.map(drop)
+}
+
+/// Let systemd see unit files that were rendered.
+pub async fn reload_daemon() -> Result<()> {
+    run_systemctl(&["daemon-reload"]).await.map(drop)
+}
+
+async fn run_systemctl(arguments: &[&str]) -> Result<String> {
+    let mut words = vec!["systemctl"];
+    words.extend(arguments);
+    run_program(&words).await
+}
+
+/// Run a program to its end without holding up the agent; its standard output.
+pub async fn run_program(words: &[&str]) -> Result<String> {
+    let (program, arguments) = words.split_first().context("no program was named")?;
+    let command = Command::new(program).args(arguments);
+    let output = tokio::task::spawn_blocking(move || command.run())
+        .await
+        .context("waiting for a program")??;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_of_units_are_read() {
+        assert_eq!(read_state("LoadState=loaded\nActiveState=active\n"), Active::Running);
+        assert_eq!(read_state("LoadState=loaded\nActiveState=activating\n"), Active::Changing);
+        assert_eq!(read_state("LoadState=not-found\nActiveState=inactive\n"), Active::Missing);
+        assert_eq!(read_state("LoadState=loaded\nActiveState=failed\n"), Active::Failed);
+        assert_eq!(read_state(""), Active::Stopped);
+    }
+}

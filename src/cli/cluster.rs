@@ -1,0 +1,190 @@
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result};
+
+use super::Context;
+use crate::cluster_dir::{default_path, make_directory};
+use crate::config::cluster::checklist::{Check, State, list_checks};
+use crate::config::cluster::ports::{Port, list_ports};
+use crate::config::cluster::{Cluster, load_cluster};
+use crate::config::{Project, Role};
+use crate::error::UserError;
+use crate::files::{Existing, is_occupied, write_beside};
+use crate::progress::print_line;
+
+/// The cluster file that is meant when none is named.
+pub const FILE: &str = "cluster.toml";
+const TEMPLATE: &str = include_str!("../config/cluster/cluster.toml.in");
+
+/// Describe a cluster, check it, and make its keys
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  stanchion cluster new
+  stanchion cluster check
+  stanchion cluster init")]
+pub struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Verb {
+    /// Write a cluster file to fill in, with a word on every key
+    #[command(after_help = "Example: stanchion cluster new berlin.toml")]
+    New {
+        #[arg(default_value = FILE)]
+        file: PathBuf,
+    },
+    /// Check a cluster file, and list what to look at before the machines start
+    #[command(after_help = "Example: stanchion cluster check berlin.toml")]
+    Check {
+        #[arg(default_value = FILE)]
+        file: PathBuf,
+    },
+    /// Make the cluster's CA and all its secrets, once
+    #[command(after_help = "Example: stanchion cluster init --dir ~/keys/berlin")]
+    Init {
+        #[arg(default_value = FILE)]
+        file: PathBuf,
+        /// Where they go (default: beside the cluster file, called like the cluster)
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
+}
+
+pub fn run(context: &Context, args: Args) -> Result<()> {
+    match args.verb {
+        Verb::New { file } => write_new(context, &file),
+        Verb::Check { file } => check(context, &file),
+        Verb::Init { file, dir } => init(context, &file, dir),
+    }
+}
+
+/// Seconds since 1970, UTC.
+pub fn read_clock() -> Result<u64> {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map(|since| since.as_secs()).context("reading a clock that stands before 1970")
+}
+
+/// Say on standard error what nobody may overlook.
+pub fn warn_if_single(context: &Context, cluster: &Cluster) {
+    if cluster.is_single() {
+        context.progress.warn(&format!(
+            "`{}` has one node: a development cluster, NOT highly available",
+            cluster.name
+        ));
+    }
+}
+
+fn write_new(context: &Context, file: &Path) -> Result<()> {
+    let (profile, has_edge) = choose_profile(context)?;
+    let vip = match has_edge {
+        true => {
+            "# The address that clients talk to; whichever edge lives has it.\nvip = \"192.0.2.10\""
+        }
+        false => "# With the role edge: the address that clients talk to.\n# vip = \"192.0.2.10\"",
+    };
+    let text = TEMPLATE.replace("@VIP@", vip).replace("@PROFILE@", &profile);
+    let written = write_beside(file, 0o644, Existing::Keep, |mut file| {
+        file.write_all(text.as_bytes()).context("writing a cluster file")
+    });
+    match written {
+        Err(error) if is_occupied(&error) => {
+            let what = format!("{} exists already", file.display());
+            return Err(UserError::new(what).help("edit it, or name another file").into());
+        }
+        written => written?,
+    }
+    if context.json {
+        let event = serde_json::json!({ "event": "cluster_new", "path": file });
+        print_line(&event.to_string());
+    } else {
+        context
+            .progress
+            .note(&format!("wrote {}: fill it in, then `stanchion cluster check`", file.display()));
+    }
+    Ok(())
+}
+
+/// The profile for the nodes of a new file: `node` where the project has it, else the first
+/// that can be a member; and whether it has the role edge.
+fn choose_profile(context: &Context) -> Result<(String, bool)> {
+    let project = context.find_project()?;
+    let mut names = project.list_profiles()?;
+    names.sort_by_key(|name| name != "node");
+    for name in names {
+        let roles = project.load_profile(&name)?.roles();
+        if roles.contains(&Role::Db) {
+            return Ok((name, roles.contains(&Role::Edge)));
+        }
+    }
+    Err(UserError::new("the project has no profile with the role db")
+        .why("every cluster needs one")
+        .help("give a layer of a profile `role = \"db\"`")
+        .into())
+}
+
+fn check(context: &Context, file: &Path) -> Result<()> {
+    let project: Project = context.find_project()?;
+    let cluster = load_cluster(file, &project)?;
+    let (checks, ports) = (list_checks(&cluster), list_ports(&cluster));
+    if context.json {
+        let event = serde_json::json!({
+            "event": "cluster_check",
+            "cluster": cluster,
+            "highly_available": !checks.iter().any(|check| check.state == State::Warning),
+            "checks": checks,
+            "ports": ports,
+        });
+        print_line(&event.to_string());
+        return Ok(());
+    }
+    print_checks(&checks);
+    if !cluster.is_single() {
+        print_ports(&ports);
+    }
+    warn_if_single(context, &cluster);
+    Ok(())
+}
+
+fn print_checks(checks: &[Check]) {
+    for Check { state, subject, text } in checks {
+        let mark = match state {
+            State::Verified => "ok  ",
+            State::Warning => "WARN",
+            State::Open => "look",
+        };
+        print_line(&format!("{mark}  {subject:<11} {text}"));
+    }
+}
+
+fn print_ports(ports: &[Port]) {
+    print_line(&format!("\n{:>5}  {:<5} {:<11} {:<22} what", "port", "", "to", "from"));
+    for Port { port, protocol, to, from, purpose } in ports {
+        let port = port.map_or("-".to_string(), |port| port.to_string());
+        let from: Vec<String> = from.iter().map(|side| side.to_string()).collect();
+        let (protocol, to, from) = (protocol.to_string(), to.to_string(), from.join(", "));
+        print_line(&format!("{port:>5}  {protocol:<5} {to:<11} {from:<22} {purpose}"));
+    }
+}
+
+fn init(context: &Context, file: &Path, dir: Option<PathBuf>) -> Result<()> {
+    let cluster = load_cluster(file, &context.find_project()?)?;
+    let dir = dir.unwrap_or_else(|| default_path(file, &cluster));
+    make_directory(&dir, &cluster, read_clock()?)?;
+    if context.json {
+        let event = serde_json::json!({
+            "event": "cluster_init", "cluster": cluster.name, "path": dir
+        });
+        print_line(&event.to_string());
+    } else {
+        context.progress.note(&format!(
+            "made {}: keep a copy in a safe place, then `stanchion seed --all`",
+            dir.display()
+        ));
+    }
+    warn_if_single(context, &cluster);
+    Ok(())
+}
