@@ -52,7 +52,7 @@ fn three_nodes_boot_side_by_side_and_meet_on_the_bridge() {
         for to in 1..=3 {
             assert!(ping(&network, address(to), SOON), "n{from} does not reach n{to}");
         }
-        assert!(ping(&network, lab.network().find_operator(), SOON));
+        assert!(ping(&network, lab.operator(), SOON));
     }
     // The operator's side, for clients of the tests.
     let own = lab.enter_network(|| {
@@ -60,7 +60,7 @@ fn three_nodes_boot_side_by_side_and_meet_on_the_bridge() {
         socket.connect((address(1), 9)).unwrap();
         socket.local_addr().unwrap().ip()
     });
-    assert_eq!(own.unwrap(), lab.network().find_operator());
+    assert_eq!(own.unwrap(), lab.operator());
     // And nothing beyond.
     let beyond =
         lab.enter_network(|| UdpSocket::bind("0.0.0.0:0").unwrap().connect("192.0.2.1:9").is_err());
@@ -202,15 +202,24 @@ fn the_commands_bring_a_lab_up_and_take_it_down() {
         (output.status.code(), stdout, String::from_utf8(output.stderr).unwrap())
     };
     let _down = TakeDown(&places);
-    let brought = up(folder.path(), "2").output().unwrap();
+    let refused = up(folder.path(), "2").output().unwrap();
+    assert_eq!(refused.status.code(), Some(2), "two nodes are no cluster");
+    let brought = up(folder.path(), "3").output().unwrap();
     assert!(brought.status.success(), "{}", String::from_utf8_lossy(&brought.stderr));
     let table = String::from_utf8(brought.stdout).unwrap();
-    assert_eq!(table.lines().count(), 3, "{table}");
-    let again = up(folder.path(), "2").output().unwrap();
+    assert_eq!(table.lines().count(), 4, "{table}");
+    let again = up(folder.path(), "3").output().unwrap();
     assert_eq!(again.status.code(), Some(2));
 
     let (code, said, _) = run(&["lab", "exec", "n1", "--", "sh", "-c", "hostname; exit 9"]);
     assert_eq!((code, said.as_str()), (Some(9), "n1\n"));
+    // Each node has taken the seed that was made for it.
+    for node in ["n1", "n2", "n3"] {
+        let begin = format!("{node} of cluster lab ");
+        let asked = ["lab", "exec", node, "--", "stanchion-agent", "status"];
+        let is_taken = || run(&asked).1.starts_with(&begin);
+        assert!(wait_until(Duration::from_secs(60), is_taken), "{:?}", run(&asked));
+    }
     for args in [
         &["lab", "stop", "n2"][..],
         &["lab", "start", "n2"],

@@ -120,6 +120,11 @@ impl Group {
         }
     }
 
+    pub fn exists(&self) -> bool {
+        self.unified.is_dir()
+    }
+
+    /// Whether all processes in it stand still.
     pub fn is_frozen(&self) -> bool {
         self.read_event("frozen") == Some(true)
     }

@@ -492,7 +492,8 @@ impl Lab {
 
     fn thaw_group(&self, node: &NodeState) -> Result<()> {
         let group = self.find_group(node)?;
-        if group.is_frozen() { group.set_frozen(false) } else { Ok(()) }
+        // Not `is_frozen`: while processes in it die, it says no, and keeps the others.
+        if group.exists() { group.set_frozen(false) } else { Ok(()) }
     }
 
     fn load_running(&self, node: &NodeState) -> Option<Running> {

@@ -10,13 +10,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use stanchion::error::UserError;
-use stanchion::lab::{Lab, Network, NodeSpec, Nspawn, Places, Process, Spec, check_host};
+use stanchion::lab::{Lab, NodeSpec, Nspawn, Places, Process, Spec, check_host};
 use stanchion::tools::set;
 use tempfile::TempDir;
 
 use crate::image::{self, Image};
 
-pub const NETWORK: Network = Network { address: Ipv4Addr::new(10, 88, 0, 0), prefix: 24 };
 /// Far more than a boot takes on two busy processors.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(180);
 pub const EXEC_LIMIT: Duration = Duration::from_secs(60);
@@ -71,11 +70,11 @@ pub fn start(count: u8) -> Option<TestLab> {
         name: format!("n{number}"),
         address: Ipv4Addr::new(10, 88, 0, 10 + number),
         image: image.raw.clone(),
-        seed: None,
     };
     let nodes = (1..=count).map(node).collect();
     let (folder, places) = make_places();
-    let spec = Spec { name: "test".to_string(), network: NETWORK, nspawn, nodes };
+    let network = "10.88.0.0/24".parse().unwrap();
+    let spec = Spec { name: "test".to_string(), network, nspawn, nodes, cluster: None };
     let lab = skip_if_missing(Lab::create(&places, &spec))?;
     let lab = TestLab { lab, places, _folder: folder };
     for node in lab.lab.list_nodes() {
