@@ -85,6 +85,8 @@ async fn start_role(node: &mut Node, role: Role) -> Result<Verdict> {
     if !node.has(role) {
         return Ok(Verdict::Done);
     }
+    node.applied.forget_refusals();
+    node.lay_files().await?;
     let units = node.list_units(&[role]);
     start_units(node, &units).await
 }
@@ -146,6 +148,7 @@ async fn catch_up(node: &mut Node) -> Result<()> {
     if let Some(master) = master {
         set_master(node, master);
     }
+    node.applied.forget_refusals();
     let changed = node.lay_files().await?;
     if changed.iter().any(|target| target.starts_with("/etc/systemd/system/")) {
         reload_daemon().await?;
