@@ -29,11 +29,8 @@ pub mod disk;
 pub mod output;
 pub mod pipeline;
 
-pub mod cluster_dir;
 pub mod pki;
 pub mod secrets;
-
-pub mod cluster_dir;
 pub mod seed;
 
 pub mod agent;

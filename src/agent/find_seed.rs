@@ -49,7 +49,10 @@ pub fn find_seed(places: &Places) -> (Option<Found>, Vec<String>) {
 type Look = fn(&Places) -> Result<Option<Vec<u8>>>;
 
 fn read_credential(places: &Places) -> Result<Option<Vec<u8>>> {
-    read_bounded(&places.credential(), MAX_SEED)
+    match read_bounded(&places.credential(), MAX_SEED)? {
+        None => read_bounded(&places.machine_credential(), MAX_SEED),
+        found => Ok(found),
+    }
 }
 
 /// Some tools write the label in small letters.

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::board::log;
 use super::etcd::Etcd;
-use super::files::{Access, read_bounded, write_file};
+use super::files::{Access, find_account, make_private_folder, read_bounded, write_file};
 use super::join::{self, Decision, Listed, Live, Observed, Peer, PeerState, Record};
 use super::node::Node;
 use super::places::Places;
@@ -55,8 +55,11 @@ pub async fn join_etcd(node: &mut Node) -> Result<Verdict> {
         Decision::Wait(reason) => Ok(Verdict::Wait(reason)),
         Decision::Form => {
             let plan = observed.plan.clone();
-            write_record(&node.places, &Record::Forming { plan: plan.clone() })?;
-            log(&format!("etcd: forming a new cluster of {plan}"));
+            let record = Record::Forming { plan: plan.clone() };
+            if observed.record != record {
+                log(&format!("etcd: forming a new cluster of {plan}"));
+                write_record(&node.places, &record)?;
+            }
             start(node, EtcdFacts { state: "new", initial_cluster: plan }).await
         }
         Decision::StartExisting => {
@@ -134,15 +137,28 @@ async fn start(node: &mut Node, facts: EtcdFacts) -> Result<Verdict> {
     node.facts.etcd = facts;
     node.lay_files().await?;
     match query_unit(UNIT).await? {
+        // It counts as changing until it has seen a majority, or while it is restarted.
         Active::Running | Active::Changing => {
-            return Ok(Verdict::Wait("etcd runs; its cluster has no majority yet".to_string()));
+            give_data_folder(&node.places)?;
+            return Ok(Verdict::Wait("etcd starts; its cluster has no majority yet".to_string()));
         }
         Active::Missing => anyhow::bail!("this image has no {UNIT}"),
         Active::Failed => forget_failure(UNIT).await?,
         Active::Stopped => {}
     }
+    give_data_folder(&node.places)?;
     start_unit(UNIT).await?;
     Ok(Verdict::Wait("etcd starts".to_string()))
+}
+
+/// The folder of etcd's data, for etcd alone.
+fn give_data_folder(places: &Places) -> Result<()> {
+    let folder = places.etcd_data();
+    make_private_folder(&folder)?;
+    let passwd = fs::read_to_string(places.join("/etc/passwd")).context("reading accounts")?;
+    let (user, group) = find_account(&passwd, "etcd").context("there is no account etcd")?;
+    std::os::unix::fs::chown(&folder, Some(user), Some(group))
+        .with_context(|| format!("giving {} to etcd", folder.display()))
 }
 
 async fn observe(node: &Node) -> Result<Observed> {

@@ -20,9 +20,10 @@ impl Places {
         self.root.join(path.strip_prefix("/").unwrap_or(path))
     }
 
-    /// Where systemd puts the credentials that the machine was given.
+    /// Where systemd puts the credential that the agent's unit imports. Those of the machine
+    /// itself are hidden from a unit with a file system view of its own.
     pub fn credential(&self) -> PathBuf {
-        self.join("/run/credentials/@system/stanchion.seed")
+        self.join("/run/credentials/stanchion-agent.service/stanchion.seed")
     }
 
     /// Block devices by the label of the file system on them.
@@ -70,5 +71,10 @@ impl Places {
 
     pub fn etcd_data(&self) -> PathBuf {
         self.join("/var/lib/etcd")
+    }
+
+    /// Where systemd puts the credentials that the machine was given.
+    pub fn machine_credential(&self) -> PathBuf {
+        self.join("/run/credentials/@system/stanchion.seed")
     }
 }
