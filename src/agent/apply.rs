@@ -26,6 +26,12 @@ pub struct Applied {
 }
 
 impl Applied {
+    /// Let refused candidates be asked about again: what a check says hangs on more than the
+    /// file, such as the network.
+    pub fn forget_refusals(&mut self) {
+        self.refused.clear();
+    }
+
     /// A target of this service that it refused and of which there is no earlier good one.
     pub fn find_obstacle(&self, service: &Service) -> Option<&str> {
         self.refused

@@ -7,6 +7,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+/// The problem of a clock that is not right.
+pub const CLOCK: &str = "clock";
+
 /// How far a node is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -59,8 +62,11 @@ pub struct Status {
     pub cluster: String,
     pub phase: Phase,
     pub steps: Vec<StepRecord>,
-    /// What is not as it should be, by the thing concerned; in words, with what helps.
+    /// What is not as it should be, by the thing concerned; in words, with what helps. A
+    /// node with one is not ready.
     pub problems: BTreeMap<String, String>,
+    /// What was found to be poor, and does not keep the node from being ready.
+    pub warnings: BTreeMap<String, String>,
     pub ready: bool,
     pub reasons: Vec<String>,
     /// What early failover decided last.
@@ -103,6 +109,11 @@ impl Board {
         if self.lock().problems.remove(thing).is_some() {
             log(&format!("{thing}: well again"));
         }
+    }
+
+    /// Something about `thing` is poor; the runner has logged it.
+    pub fn warn(&self, thing: &str, warning: String) {
+        self.lock().warnings.insert(thing.to_string(), warning);
     }
 
     pub fn begin_step(&self, phase: Phase, name: &str, purpose: &str) -> usize {
@@ -152,6 +163,12 @@ pub fn show(status: &Status) -> String {
         text += "\nproblems:\n";
         for (thing, problem) in &status.problems {
             text += &format!("  {thing}: {problem}\n");
+        }
+    }
+    if !status.warnings.is_empty() {
+        text += "\nwarnings:\n";
+        for (thing, warning) in &status.warnings {
+            text += &format!("  {thing}: {warning}\n");
         }
     }
     text += "\nsteps:\n";

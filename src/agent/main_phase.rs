@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::board::log;
+use super::board::{CLOCK, log};
 use super::cache_start::{choose_master, set_master};
+use super::checks;
 use super::files::read_bounded;
 use super::node::{Node, lock};
 use super::observe::{Observer, Shared, keep_registration};
@@ -84,8 +85,9 @@ async fn start_role(node: &mut Node, role: Role) -> Result<Verdict> {
     if !node.has(role) {
         return Ok(Verdict::Done);
     }
-    let units: Vec<&'static str> =
-        super::roles::list_role_services(&[role]).map(|service| service.unit).collect();
+    node.applied.forget_refusals();
+    node.lay_files().await?;
+    let units = node.list_units(&[role]);
     start_units(node, &units).await
 }
 
@@ -111,7 +113,10 @@ async fn start_units(node: &mut Node, units: &[&'static str]) -> Result<Verdict>
             }
         }
     }
-    Ok(if obstacles.is_empty() { Verdict::Done } else { Verdict::Warn(obstacles.join("; ")) })
+    if obstacles.is_empty() {
+        return Ok(Verdict::Done);
+    }
+    Ok(Verdict::Warn(obstacles.join("; ")))
 }
 
 /// Keep the node's files in step with the cluster, for ever.
@@ -143,10 +148,12 @@ async fn catch_up(node: &mut Node) -> Result<()> {
     if let Some(master) = master {
         set_master(node, master);
     }
+    node.applied.forget_refusals();
     let changed = node.lay_files().await?;
     if changed.iter().any(|target| target.starts_with("/etc/systemd/system/")) {
         reload_daemon().await?;
     }
+    check_clock_again(node).await;
     // What could not start for a file that was refused may do so now.
     let units: Vec<&'static str> =
         super::roles::list_role_services(&node.entry.roles).map(|service| service.unit).collect();
@@ -159,6 +166,17 @@ async fn catch_up(node: &mut Node) -> Result<()> {
         reconcile_settings(node).await;
     }
     Ok(())
+}
+
+/// A clock that was not right when the node started may be so by now.
+async fn check_clock_again(node: &Node) {
+    if node.board.lock().problems.contains_key(CLOCK) {
+        match checks::check_clock().await {
+            Ok(None) => node.board.clear(CLOCK),
+            Ok(Some(reason)) => node.board.raise(CLOCK, reason),
+            Err(error) => node.board.raise(CLOCK, format!("{error:#}")),
+        }
+    }
 }
 
 /// Patroni reads its dynamic settings from its file once; later they come through its

@@ -17,7 +17,7 @@ use super::observe::Shared;
 use super::places::Places;
 use super::registry::Registry;
 use super::render::{Facts, render_all};
-use super::roles::{Service, list_services};
+use super::roles::{Service, list_role_services, list_services};
 use super::tls::Tls;
 use crate::config::cluster::{Node as Entry, Role};
 use crate::seed::Seed;
@@ -83,6 +83,14 @@ impl Node {
 
     pub fn has(&self, role: Role) -> bool {
         self.entry.has(role)
+    }
+
+    /// The units that this node starts for some of its roles, in their order.
+    pub fn list_units(&self, roles: &[Role]) -> Vec<&'static str> {
+        let services = list_role_services(roles);
+        // Without an address to hold there is nothing for it to do.
+        let wanted = |unit: &str| unit != "keepalived.service" || self.seed.cluster.vip.is_some();
+        services.map(|service| service.unit).filter(|unit| wanted(unit)).collect()
     }
 
     /// Render everything with the present facts and lay down what changed.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result};
 use tokio::net::TcpStream;
 
-use super::board::{Board, log};
+use super::board::{Board, CLOCK as CLOCK_PROBLEM, log};
 use super::checks;
 use super::files::{Access, make_private_folder, read_bounded, write_file};
 use super::find_seed::find_seed;
@@ -220,6 +220,8 @@ async fn wait_for_clock(node: &mut Node) -> Result<Verdict> {
         };
         // With no time server of its own a lone node has nothing to wait for.
         if begun.elapsed() > CLOCK || node.seed.cluster.ntp.is_empty() {
+            // Certificates and Sentinels hang on it: until it is right, the node is not ready.
+            node.board.raise(CLOCK_PROBLEM, reason.clone());
             return Ok(Verdict::Warn(reason));
         }
         tokio::time::sleep(Duration::from_millis(500)).await;

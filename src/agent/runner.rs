@@ -75,7 +75,7 @@ async fn run_step<C>(board: &Board, phase: Phase, step: &Step<C>, context: &mut 
             }
             Ok(Verdict::Warn(reason)) => {
                 log(&format!("{label}: {reason} ({seconds:.2} s)"));
-                board.raise(step.name, reason.clone());
+                board.warn(step.name, reason.clone());
                 board.record_step(index, StepOutcome::Warned(reason), taken, tries);
                 return;
             }
@@ -159,6 +159,6 @@ mod tests {
                 (1, StepOutcome::Failed("never work: no".into())),
             ]
         );
-        assert_eq!(status.problems["check"], "the disk is slow");
+        assert_eq!(status.warnings["check"], "the disk is slow");
     }
 }

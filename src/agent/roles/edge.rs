@@ -17,7 +17,7 @@ pub const SERVICES: &[Service] = &[
         files: &["/etc/keepalived/"],
         check: Some(Check {
             file: "/etc/keepalived/keepalived.conf",
-            program: &["keepalived", "--config-test", "--use-file", "{}"],
+            program: &["/usr/libexec/stanchion/check-keepalived", "{}"],
         }),
         on_change: OnChange::Reload,
     },
