@@ -29,7 +29,6 @@ pub mod disk;
 pub mod output;
 pub mod pipeline;
 
-pub mod cluster_dir;
 pub mod pki;
 pub mod secrets;
 pub mod seed;

@@ -6,11 +6,15 @@
 mod cgroup;
 mod cluster;
 pub mod console;
+pub mod ledger;
 mod network;
 mod nspawn;
+mod postgres_tls;
+pub mod probe;
 mod process;
 mod root;
 mod state;
+pub mod timeline;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};

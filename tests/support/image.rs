@@ -1,5 +1,5 @@
-//! The real `db` image: built by the program itself over the user's own store, once for
-//! all tests that look at it, with the tools to look.
+//! Real images: built by the program itself over the user's own store, once for all tests
+//! that look at them, with the tools to look.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -27,11 +27,21 @@ pub struct Image {
     pub tools: Vec<Tools>,
 }
 
-/// The image, and the tools of `sets`. `None`, with a line that says why, where it cannot be
-/// built: no sandbox, or packages that are neither in the store nor to be had.
+/// The `db` image, and the tools of `sets`. `None`, with a line that says why, where it
+/// cannot be built: no sandbox, or packages that are neither in the store nor to be had.
 pub fn provide(sets: &[&str]) -> Option<&'static Image> {
     static IMAGE: OnceLock<Result<Image, String>> = OnceLock::new();
-    match IMAGE.get_or_init(|| prepare(sets)) {
+    show_skipped(IMAGE.get_or_init(|| prepare(PROFILE, sets)))
+}
+
+/// The image of all roles, likewise.
+pub fn provide_node(sets: &[&str]) -> Option<&'static Image> {
+    static IMAGE: OnceLock<Result<Image, String>> = OnceLock::new();
+    show_skipped(IMAGE.get_or_init(|| prepare("node", sets)))
+}
+
+fn show_skipped(image: &'static Result<Image, String>) -> Option<&'static Image> {
+    match image {
         Ok(image) => Some(image),
         Err(why) => {
             eprintln!("skipped: {}", why.replace('\n', "; "));
@@ -45,7 +55,7 @@ pub fn scratch() -> &'static Path {
     Path::new(env!("CARGO_TARGET_TMPDIR"))
 }
 
-fn prepare(sets: &[&str]) -> Result<Image, String> {
+fn prepare(profile: &str, sets: &[&str]) -> Result<Image, String> {
     // Other test programs may want the same image at the same time.
     let turn = File::create(scratch().join("image.lock")).unwrap();
     rustix::fs::flock(&turn, FlockOperation::LockExclusive).unwrap();
@@ -56,13 +66,13 @@ fn prepare(sets: &[&str]) -> Result<Image, String> {
         return Err(format!("{}: {}", check.name, check.detail));
     }
     // A copy, because a lock whose packages have left the mirror is renewed.
-    let folder = scratch().join("project");
+    let folder = scratch().join(format!("project-{profile}"));
     copy_project(&folder);
     let project = Project::find(&folder).unwrap();
-    let profile = project.load_profile(PROFILE).unwrap();
+    let loaded = project.load_profile(profile).unwrap();
     let fetch = || -> anyhow::Result<Vec<Tools>> {
-        let (lock, mut failures) = prepare_lock(&project, &source, &[profile], false)?;
-        if let Some(error) = failures.remove(PROFILE) {
+        let (lock, mut failures) = prepare_lock(&project, &source, &[loaded], false)?;
+        if let Some(error) = failures.remove(profile) {
             return Err(error);
         }
         let lock = lock.unwrap();
@@ -75,19 +85,15 @@ fn prepare(sets: &[&str]) -> Result<Image, String> {
     drop(source);
 
     let out = scratch().join("image");
-    let done = describe_build(&folder, &out).run();
+    let mut build = Command::new(PROGRAM).args(["--quiet", "build", profile]);
+    if profile != PROFILE {
+        // What is shipped of them is looked at nowhere.
+        build = build.args(["--format", "raw"]);
+    }
+    let done = build.arg("--project").arg(&folder).arg("--out").arg(&out).run();
     done.unwrap_or_else(|error| panic!("{error:?}"));
-    let manifest = Manifest::load(&out, PROFILE).unwrap();
-    Ok(Image { manifest, raw: out.join("db.raw"), tools })
-}
-
-/// The command that builds the profile of the project in `folder`.
-pub fn describe_build(folder: &Path, out: &Path) -> Command {
-    Command::new(PROGRAM)
-        .args(["--quiet", "build", PROFILE, "--project"])
-        .arg(folder)
-        .arg("--out")
-        .arg(out)
+    let manifest = Manifest::load(&out, profile).unwrap();
+    Ok(Image { manifest, raw: out.join(format!("{profile}.raw")), tools })
 }
 
 /// Copy what a build reads of the repository.

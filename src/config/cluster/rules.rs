@@ -134,7 +134,8 @@ fn check_servers(cluster: &Cluster) -> Checked {
     }
     for (i, server) in cluster.ntp.iter().enumerate() {
         let is_address = server.parse::<std::net::IpAddr>().is_ok();
-        if !is_address && !(is_domain(server) && server.len() <= 253) {
+        let is_name = is_domain(server) && server.len() <= 253;
+        if !is_address && !is_name {
             let what = format!("bad time server {}", quote(server));
             return Err(Fault::new("ntp", i, what).help("write a name or an address"));
         }

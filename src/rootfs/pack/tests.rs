@@ -1,6 +1,6 @@
 use std::collections::BTreeSet;
 use std::fs as sys;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 

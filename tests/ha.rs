@@ -1,0 +1,373 @@
+//! Three nodes of all roles form one cluster by themselves, and lose nothing that was
+//! acknowledged, whatever happens to them.
+
+#[path = "support/ha.rs"]
+mod ha;
+#[allow(dead_code, reason = "other tests look into the image")]
+#[path = "support/image.rs"]
+mod image;
+
+use std::time::{Duration, Instant};
+
+use ha::{Ha, LEADER_PORT, REPLICA_PORT};
+use stanchion::lab::ledger::read_ledger;
+use stanchion::lab::timeline::Timeline;
+
+/// How long a cluster that was hurt may take to be whole again; not measured against a goal.
+const WHOLE: Duration = Duration::from_secs(120);
+
+/// One line of the table: what happened, and after how many seconds each service was back.
+struct Line {
+    scenario: &'static str,
+    writes: Option<f64>,
+    vip: Option<f64>,
+    redis: Option<f64>,
+    lost: usize,
+}
+
+/// Bounds in seconds; those that were missed are told together at the end.
+#[derive(Default)]
+struct Report {
+    lines: Vec<Line>,
+    misses: Vec<String>,
+}
+
+impl Report {
+    fn check(&mut self, scenario: &str, what: &str, found: Option<f64>, bound: f64) {
+        match found {
+            Some(found) if found <= bound => {}
+            Some(found) => self.misses.push(format!("{scenario}: {what} {found:.1} s > {bound} s")),
+            None => self.misses.push(format!("{scenario}: {what} never came back")),
+        }
+    }
+
+    fn finish(self) {
+        let show = |seconds: Option<f64>| match seconds {
+            Some(seconds) => format!("{seconds:.1} s"),
+            None => "-".to_string(),
+        };
+        eprintln!("{:<28} {:>9} {:>9} {:>9} {:>5}", "scenario", "writes", "VIP", "Redis", "lost");
+        for Line { scenario, writes, vip, redis, lost } in &self.lines {
+            let (writes, vip, redis) = (show(*writes), show(*vip), show(*redis));
+            eprintln!("{scenario:<28} {writes:>9} {vip:>9} {redis:>9} {lost:>5}");
+            assert_eq!(*lost, 0, "{scenario}: acknowledged writes were lost");
+        }
+        assert!(self.misses.is_empty(), "missed:\n{}", self.misses.join("\n"));
+    }
+}
+
+fn find_return(timeline: &Timeline, event: Instant) -> Option<f64> {
+    timeline.find_return(event, Instant::now()).map(|back| back.as_secs_f64())
+}
+
+/// The events of one cluster's life, each with all clients at work; whole before each.
+#[test]
+fn a_cluster_forms_itself_and_survives_what_happens_to_its_nodes() {
+    let Some(ha) = Ha::create("ha", |_| {}) else { return };
+    let mut report = Report::default();
+    let began = Instant::now();
+    ha.start_all();
+    let ledger = ha.write();
+    ledger.wait_for_write(Duration::from_secs(180)).unwrap_or_else(|error| {
+        ha.show_nodes();
+        panic!("{error:#}");
+    });
+    let first = began.elapsed().as_secs_f64();
+    report.check("cold start", "first write", Some(first), 20.0);
+    report.lines.push(Line {
+        scenario: "cold start",
+        writes: Some(first),
+        vip: None,
+        redis: None,
+        lost: 0,
+    });
+    drop(ledger);
+    eprintln!("whole after {:.1} s", ha.wait_until_whole().as_secs_f64() + first);
+
+    kill_the_busiest_node(&ha, &mut report);
+    cut_the_leader_off(&ha, &mut report);
+    switch_over(&ha, &mut report);
+    refuse_writes_on_a_replica(&ha);
+    replace_a_node(&ha, &mut report);
+    lose_two_of_three(&ha, &mut report);
+    power_off_all(&ha, &mut report);
+    report.finish();
+}
+
+/// The node that is leader, Redis master and VIP holder at once.
+fn kill_the_busiest_node(ha: &Ha, report: &mut Report) {
+    const SCENARIO: &str = "kill of the busiest node";
+    let victim = gather_everything(ha);
+    let (ledger, vip, redis) = (ha.write(), ha.watch_vip(), ha.write_redis());
+    ledger.wait_for_write(Duration::from_secs(30)).unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+
+    let event = Instant::now();
+    ha.lab.kill(&victim).unwrap();
+    std::thread::sleep(Duration::from_secs(30));
+    let record = ledger.stop();
+    let line = Line {
+        scenario: SCENARIO,
+        writes: find_return(&record.timeline, event),
+        vip: find_return(&vip.timeline(), event),
+        redis: find_return(&redis.timeline(), event),
+        lost: ha.find_lost(&record).len(),
+    };
+    report.check(SCENARIO, "writes", line.writes, 10.0);
+    report.check(SCENARIO, "VIP", line.vip, 5.0);
+    report.check(SCENARIO, "Redis", line.redis, 10.0);
+    report.lines.push(line);
+    ha.lab.start(&victim).unwrap();
+    ha.wait_for("whole after the kill", WHOLE, || ha.is_whole().then_some(()));
+}
+
+/// Move the lead, the VIP and the Redis master to one node.
+fn gather_everything(ha: &Ha) -> String {
+    let victim = ha.wait_for("a Redis master", WHOLE, || ha.find_redis_master());
+    if ha.find_leader().as_ref() != Some(&victim) {
+        switch_to(ha, &victim);
+    }
+    let others = ha.others(&victim);
+    for other in &others {
+        ha.run(other, &["systemctl", "stop", "keepalived"]);
+    }
+    let holds = || (ha.find_vip_holder().as_ref() == Some(&victim)).then_some(());
+    ha.wait_for("the VIP has moved", Duration::from_secs(20), holds);
+    for other in &others {
+        ha.run(other, &["systemctl", "start", "keepalived"]);
+    }
+    ha.wait_for("whole with all on one node", WHOLE, || ha.is_whole().then_some(()));
+    victim
+}
+
+fn switch_to(ha: &Ha, candidate: &str) {
+    let is_sync = || {
+        let view = ha.get(candidate, 8008, "patroni")?;
+        (view["sync_standby"] == true || view["role"] == "primary").then_some(())
+    };
+    // Only the synchronous standby can take over; whoever is not becomes it in the second try.
+    if is_sync().is_none() {
+        let sync = ha.nodes().into_iter().find(|node| {
+            ha.get(node, 8008, "patroni").is_some_and(|view| view["sync_standby"] == true)
+        });
+        if let Some(sync) = sync {
+            patronictl_switchover(ha, sync);
+            ha.wait_for("whole after a switchover", WHOLE, || ha.is_whole().then_some(()));
+        }
+        for _ in 0..3 {
+            if is_sync().is_some() {
+                break;
+            }
+            let leader = ha.find_leader().unwrap();
+            let third = ha.others(candidate).into_iter().find(|node| **node != leader).unwrap();
+            // The standby that is away is replaced by the other.
+            ha.run(third, &["systemctl", "restart", "patroni"]);
+            std::thread::sleep(Duration::from_secs(5));
+            ha.wait_for("whole after a restart", WHOLE, || ha.is_whole().then_some(()));
+        }
+    }
+    patronictl_switchover(ha, candidate);
+    let leads = || (ha.find_leader()? == candidate).then_some(());
+    ha.wait_for("the candidate leads", Duration::from_secs(30), leads);
+}
+
+fn patronictl_switchover(ha: &Ha, candidate: &str) {
+    let leader = ha.find_leader().unwrap();
+    let config = "/etc/patroni/config.yml";
+    ha.run(
+        &leader,
+        &["patronictl", "-c", config, "switchover", "--candidate", candidate, "--force"],
+    );
+}
+
+/// Cut the leader off for a minute: it must not acknowledge what the others do not know.
+fn cut_the_leader_off(ha: &Ha, report: &mut Report) {
+    const SCENARIO: &str = "leader cut off for 60 s";
+    let leader = ha.find_leader().unwrap();
+    let (ledger, vip, redis) = (ha.write(), ha.watch_vip(), ha.write_redis());
+    ledger.wait_for_write(Duration::from_secs(30)).unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+
+    let event = Instant::now();
+    ha.lab.partition(&leader).unwrap();
+    std::thread::sleep(Duration::from_secs(60));
+    let (writes, back) = (find_return(&ledger.record().timeline, event), vip.timeline());
+    let (vip_back, redis_back) = (find_return(&back, event), find_return(&redis.timeline(), event));
+    ha.lab.heal(&leader).unwrap();
+    ha.wait_for("whole after the cut", WHOLE, || ha.is_whole().then_some(()));
+    let record = ledger.stop();
+    let servers = record.list_servers();
+    assert!(servers.len() <= 2, "more than one primary acknowledged in turn: {servers:?}");
+    let line = Line {
+        scenario: SCENARIO,
+        writes,
+        vip: vip_back,
+        redis: redis_back,
+        lost: ha.find_lost(&record).len(),
+    };
+    report.check(SCENARIO, "writes", line.writes, 10.0);
+    report.lines.push(line);
+}
+
+fn switch_over(ha: &Ha, report: &mut Report) {
+    const SCENARIO: &str = "switchover";
+    let ledger = ha.write();
+    ledger.wait_for_write(Duration::from_secs(30)).unwrap();
+    let sync = ha.wait_for("a synchronous standby", WHOLE, || {
+        let nodes = ha.nodes().into_iter();
+        nodes
+            .filter(|node| {
+                ha.get(node, 8008, "patroni").is_some_and(|view| view["sync_standby"] == true)
+            })
+            .map(str::to_string)
+            .next()
+    });
+    let event = Instant::now();
+    patronictl_switchover(ha, &sync);
+    std::thread::sleep(Duration::from_secs(8));
+    let record = ledger.stop();
+    // The longest time without an acknowledgement, from the last one before it.
+    let writes = find_longest_pause(&record.acknowledged, event);
+    let lost = ha.find_lost(&record).len();
+    report.check(SCENARIO, "writes", Some(writes), 3.0);
+    report.lines.push(Line {
+        scenario: SCENARIO,
+        writes: Some(writes),
+        vip: None,
+        redis: None,
+        lost,
+    });
+    ha.wait_for("whole after the switchover", WHOLE, || ha.is_whole().then_some(()));
+
+    let holder = ha.find_vip_holder().unwrap();
+    let vip = ha.watch_vip();
+    std::thread::sleep(Duration::from_secs(1));
+    let event = Instant::now();
+    ha.run(&holder, &["systemctl", "stop", "keepalived"]);
+    std::thread::sleep(Duration::from_secs(8));
+    let back = find_return(&vip.timeline(), event);
+    assert_ne!(ha.find_vip_holder(), Some(holder.clone()), "the VIP has not moved");
+    report.check("keepalived stopped", "VIP", back, 5.0);
+    report.lines.push(Line {
+        scenario: "keepalived stopped",
+        writes: None,
+        vip: back,
+        redis: None,
+        lost: 0,
+    });
+    ha.run(&holder, &["systemctl", "start", "keepalived"]);
+}
+
+fn find_longest_pause(writes: &[stanchion::lab::ledger::Write], event: Instant) -> f64 {
+    let around = event - Duration::from_secs(1);
+    let times: Vec<Instant> =
+        writes.iter().map(|write| write.at).filter(|at| *at > around).collect();
+    let pauses = times.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64());
+    pauses.fold(0.0, f64::max)
+}
+
+fn refuse_writes_on_a_replica(ha: &Ha) {
+    let target = ha.database(REPLICA_PORT);
+    let refused = ha.lab.enter_network(|| {
+        let ledger = stanchion::lab::ledger::Ledger::start(target).unwrap();
+        std::thread::sleep(Duration::from_secs(5));
+        ledger.stop()
+    });
+    let record = refused.unwrap();
+    assert!(record.acknowledged.is_empty(), "a replica took writes");
+    let why = record.failure.unwrap_or_default();
+    assert!(why.contains("read-only"), "{why}");
+}
+
+/// A node destroyed with its disk; a fresh one with the same seed takes its place.
+fn replace_a_node(ha: &Ha, report: &mut Report) {
+    let leader = ha.find_leader().unwrap();
+    let victim = ha.others(&leader)[0].to_string();
+    let ledger = ha.write();
+    ledger.wait_for_write(Duration::from_secs(30)).unwrap();
+    ha.lab.kill(&victim).unwrap();
+    ha.lab.destroy(&victim).unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    let began = Instant::now();
+    ha.lab.start(&victim).unwrap();
+    ha.wait_for("the fresh node is part of all", WHOLE, || ha.is_whole().then_some(()));
+    let whole = began.elapsed().as_secs_f64();
+    let record = ledger.stop();
+    let lost = ha.find_lost(&record).len();
+    report.lines.push(Line {
+        scenario: "node replaced (until whole)",
+        writes: Some(whole),
+        vip: None,
+        redis: None,
+        lost,
+    });
+}
+
+/// With two of three dead nothing is acknowledged; with one back it goes on by itself.
+fn lose_two_of_three(ha: &Ha, report: &mut Report) {
+    const SCENARIO: &str = "two of three dead";
+    let leader = ha.find_leader().unwrap();
+    let dead: Vec<String> = ha.others(&leader).into_iter().map(str::to_string).collect();
+    let ledger = ha.write();
+    ledger.wait_for_write(Duration::from_secs(30)).unwrap();
+    for node in &dead {
+        ha.lab.kill(node).unwrap();
+    }
+    std::thread::sleep(Duration::from_secs(30));
+    let before = ledger.record().acknowledged.len();
+    std::thread::sleep(Duration::from_secs(5));
+    assert_eq!(ledger.record().acknowledged.len(), before, "a lone node acknowledges writes");
+    let event = Instant::now();
+    ha.lab.start(&dead[0]).unwrap();
+    ledger.wait_for_write(WHOLE).unwrap_or_else(|error| {
+        ha.show_nodes();
+        panic!("{error:#}");
+    });
+    let writes = event.elapsed().as_secs_f64();
+    ha.lab.start(&dead[1]).unwrap();
+    ha.wait_for("whole after the loss of two", WHOLE, || ha.is_whole().then_some(()));
+    let record = ledger.stop();
+    let lost = ha.find_lost(&record).len();
+    report.lines.push(Line {
+        scenario: SCENARIO,
+        writes: Some(writes),
+        vip: None,
+        redis: None,
+        lost,
+    });
+}
+
+/// All at once, and started again in another order.
+fn power_off_all(ha: &Ha, report: &mut Report) {
+    const SCENARIO: &str = "power-off of all three";
+    let ledger = ha.write();
+    ledger.wait_for_write(Duration::from_secs(30)).unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    for node in ha.nodes() {
+        ha.lab.kill(node).unwrap();
+    }
+    std::thread::sleep(Duration::from_secs(2));
+    let event = Instant::now();
+    for node in ha.nodes().into_iter().rev() {
+        ha.lab.start(node).unwrap();
+        std::thread::sleep(Duration::from_secs(1));
+    }
+    ledger.wait_for_write(WHOLE).unwrap_or_else(|error| {
+        ha.show_nodes();
+        panic!("{error:#}");
+    });
+    let writes = event.elapsed().as_secs_f64();
+    ha.wait_for("whole after the power-off", WHOLE, || ha.is_whole().then_some(()));
+    let record = ledger.stop();
+    let lost = ha.find_lost(&record).len();
+    let target = ha.database(LEADER_PORT);
+    let there = ha.lab.enter_network(|| read_ledger(&target)).unwrap().unwrap();
+    assert!(!there.is_empty());
+    report.lines.push(Line {
+        scenario: SCENARIO,
+        writes: Some(writes),
+        vip: None,
+        redis: None,
+        lost,
+    });
+}

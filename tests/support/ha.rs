@@ -1,0 +1,272 @@
+//! A lab of three nodes of all roles, formed into one cluster, with clients that write to it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use stanchion::agent::tls::Tls;
+use stanchion::config::Project;
+use stanchion::config::cluster::Cluster;
+use stanchion::error::UserError;
+use stanchion::lab::ledger::{Ledger, Record, Target, read_ledger};
+use stanchion::lab::probe::{Probe, RedisTarget};
+use stanchion::lab::{Lab, Nspawn, Places, Spec, check_host, plan_cluster};
+use stanchion::secrets::Secret;
+use stanchion::tools::set;
+use tempfile::TempDir;
+
+use crate::image;
+
+pub const LEADER_PORT: u16 = 5433;
+pub const REPLICA_PORT: u16 = 5434;
+const LIMIT: Duration = Duration::from_secs(60);
+
+pub struct Ha {
+    pub lab: Lab,
+    pub cluster: Cluster,
+    places: Places,
+    tls: Tls,
+    pems: [Vec<u8>; 3],
+    secrets: std::collections::BTreeMap<String, Secret>,
+    runtime: tokio::runtime::Runtime,
+    _folder: TempDir,
+}
+
+impl Drop for Ha {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.show_nodes();
+        }
+        if let Err(error) = Lab::remove(&self.places, self.lab.name()) {
+            eprintln!("taking the test's lab down: {error:?}");
+        }
+    }
+}
+
+impl Ha {
+    /// A lab whose nodes are not started yet. `None`, with a line that says why, where there
+    /// can be none.
+    pub fn create(name: &str, edit: impl FnOnce(&mut Cluster)) -> Option<Self> {
+        if let Err(error) = check_host() {
+            eprintln!("skipped: {error:#}");
+            return None;
+        }
+        let image = image::provide_node(&[set::LAB])?;
+        let nspawn = Nspawn::find_on_host()
+            .unwrap_or_else(|| Nspawn::Tools(image.tools[0].root().to_path_buf()));
+        let project = Project::find(env!("CARGO_MANIFEST_DIR").as_ref()).unwrap();
+        let roles = project.load_profile("node").unwrap().roles();
+        let network = "10.89.0.0/24".parse().unwrap();
+        let mut cluster = plan_cluster(name, network, 3, "node", &roles).unwrap();
+        edit(&mut cluster);
+        let folder = tempfile::tempdir_in(image::scratch()).unwrap();
+        let places =
+            Places { labs: folder.path().join("stanchion/labs"), program: image::PROGRAM.into() };
+        let spec = Spec::of_cluster(name, nspawn, cluster.clone(), |_| image.raw.clone());
+        let lab = match Lab::create(&places, &spec) {
+            Ok(lab) => lab,
+            Err(error) => match error.downcast_ref::<UserError>() {
+                Some(missing) if missing.summary().starts_with("this machine cannot") => {
+                    eprintln!("skipped: {}", missing.summary());
+                    return None;
+                }
+                _ => panic!("{error:?}"),
+            },
+        };
+        let read = |name: &str| fs::read(lab.secrets().join(name)).unwrap();
+        let pems = ["ca.pem", "operator.pem", "operator.key"].map(read);
+        let [ca, certificate, key] = pems.each_ref().map(|pem| std::str::from_utf8(pem).unwrap());
+        let tls = Tls::from_pem(ca, certificate, key).unwrap();
+        let secrets = toml::from_str(std::str::from_utf8(&read("secrets.toml")).unwrap()).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        Some(Ha { lab, cluster, places, tls, pems, secrets, runtime, _folder: folder })
+    }
+
+    pub fn start_all(&self) {
+        for node in self.nodes() {
+            self.lab.start(node).unwrap();
+        }
+    }
+
+    pub fn nodes(&self) -> Vec<&str> {
+        self.lab.list_nodes()
+    }
+
+    pub fn others(&self, node: &str) -> Vec<&str> {
+        self.nodes().into_iter().filter(|other| *other != node).collect()
+    }
+
+    pub fn vip(&self) -> Ipv4Addr {
+        self.cluster.vip.unwrap()
+    }
+
+    fn secret(&self, name: &str) -> String {
+        self.secrets[name].reveal().to_string()
+    }
+
+    /// The database as users reach it: through the VIP.
+    pub fn database(&self, port: u16) -> Target {
+        Target {
+            address: self.vip(),
+            port,
+            user: "netbox".into(),
+            password: self.secret("postgres_netbox"),
+            database: "netbox".into(),
+            tls: self.tls.client.clone(),
+        }
+    }
+
+    pub fn write(&self) -> Ledger {
+        let target = self.database(LEADER_PORT);
+        self.lab.enter_network(|| Ledger::start(target)).unwrap().unwrap()
+    }
+
+    pub fn write_redis(&self) -> Probe {
+        let [ca, certificate, key] = self.pems.clone();
+        let target = RedisTarget {
+            address: self.vip(),
+            port: 6379,
+            password: self.secret("redis"),
+            ca,
+            certificate,
+            key,
+        };
+        self.lab.enter_network(|| Probe::write_redis(target)).unwrap().unwrap()
+    }
+
+    /// Whether the edge answers on the VIP.
+    pub fn watch_vip(&self) -> Probe {
+        let vip = self.vip();
+        self.lab.enter_network(|| Probe::watch_port(vip, 80)).unwrap().unwrap()
+    }
+
+    /// Rows that were acknowledged and are gone.
+    #[track_caller]
+    pub fn find_lost(&self, record: &Record) -> Vec<i64> {
+        let target = self.database(LEADER_PORT);
+        let read = || -> Option<BTreeSet<i64>> {
+            self.lab.enter_network(|| read_ledger(&target)).unwrap().ok()
+        };
+        let there = self.wait_for("the ledger can be read", LIMIT, read);
+        record.find_lost(&there)
+    }
+
+    /// The answer of a node's HTTPS service to the operator.
+    pub fn get(&self, node: &str, port: u16, path: &str) -> Option<Value> {
+        let url = format!("https://{}:{port}/{path}", self.lab.address(node).unwrap());
+        let ask = async {
+            let http = self.tls.make_http_client().ok()?;
+            let answer = http.get(url).timeout(Duration::from_secs(3)).send().await.ok()?;
+            serde_json::from_slice(&answer.bytes().await.ok()?).ok()
+        };
+        // The runtime's own thread opens the sockets.
+        std::thread::scope(|scope| {
+            let lab = &self.lab;
+            let runtime = &self.runtime;
+            scope
+                .spawn(move || lab.enter_network(|| runtime.block_on(ask)).unwrap())
+                .join()
+                .unwrap()
+        })
+    }
+
+    /// Patroni's view of the cluster, from the first node that has one.
+    fn read_members(&self) -> Option<Vec<Value>> {
+        let views = self.nodes().into_iter().filter_map(|node| self.get(node, 8008, "cluster"));
+        views.into_iter().find_map(|view| view["members"].as_array().cloned())
+    }
+
+    pub fn find_leader(&self) -> Option<String> {
+        let members = self.read_members()?;
+        let leader = members.iter().find(|member| member["role"] == "leader")?;
+        (leader["state"] == "running").then(|| leader["name"].as_str().unwrap().to_string())
+    }
+
+    /// All three serve: one leader, and two replicas of it, one of them synchronous.
+    pub fn is_whole(&self) -> bool {
+        let Some(members) = self.read_members() else { return false };
+        let count = |role: &str, state: &str| {
+            let is_so = |member: &&Value| member["role"] == role && member["state"] == state;
+            members.iter().filter(is_so).count()
+        };
+        count("leader", "running") == 1
+            && count("sync_standby", "streaming") == 1
+            && count("replica", "streaming") == 1
+            && self.nodes().iter().all(|node| self.find_unready(node).is_empty())
+    }
+
+    /// Why a node is not ready; one reason when it does not answer.
+    pub fn find_unready(&self, node: &str) -> Vec<String> {
+        let Some(page) = self.get(node, 7443, "status") else {
+            return vec![format!("{node} does not answer")];
+        };
+        let reasons = page["reasons"].as_array().cloned().unwrap_or_default();
+        let is_ours = |reason: &&Value| !reason.as_str().unwrap_or_default().contains("storage");
+        reasons.iter().filter(is_ours).map(ToString::to_string).collect()
+    }
+
+    pub fn wait_until_whole(&self) -> Duration {
+        let began = Instant::now();
+        self.wait_for("the cluster is whole", 2 * LIMIT, || self.is_whole().then_some(()));
+        began.elapsed()
+    }
+
+    /// Ask until there is something.
+    #[track_caller]
+    pub fn wait_for<T>(&self, what: &str, limit: Duration, ask: impl Fn() -> Option<T>) -> T {
+        let began = Instant::now();
+        loop {
+            if let Some(found) = ask() {
+                return found;
+            }
+            if began.elapsed() > limit {
+                self.show_nodes();
+                panic!("not within {} s: {what}", limit.as_secs());
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    /// What a command in a node, which must succeed, writes.
+    #[track_caller]
+    pub fn run(&self, node: &str, argv: &[&str]) -> String {
+        let ran = self.lab.exec(node, argv, LIMIT).unwrap();
+        assert_eq!(ran.code, Some(0), "{argv:?}: {}", String::from_utf8_lossy(&ran.stderr));
+        ran.text()
+    }
+
+    pub fn find_vip_holder(&self) -> Option<String> {
+        let vip = format!(" {}/", self.vip());
+        let holds = |node: &&str| {
+            let ran = self.lab.exec(node, &["ip", "-4", "-brief", "address"], LIMIT);
+            ran.is_ok_and(|ran| ran.text().replace("  ", " ").contains(&vip))
+        };
+        self.nodes().into_iter().find(holds).map(str::to_string)
+    }
+
+    /// As the node that is asked knows it: `role:master` or `role:slave`.
+    pub fn find_redis_master(&self) -> Option<String> {
+        let page = self.nodes().into_iter().find_map(|node| self.get(node, 7443, "status"))?;
+        let nodes = page["nodes"].as_array()?;
+        let master = nodes
+            .iter()
+            .find(|node| node["redis"].as_str().is_some_and(|redis| redis.starts_with("master")))?;
+        master["name"].as_str().map(str::to_string)
+    }
+
+    /// What each node says of itself, for whoever reads a failed test.
+    pub fn show_nodes(&self) {
+        for node in self.nodes() {
+            let ran = self.lab.exec(node, &["stanchion-agent", "status"], Duration::from_secs(5));
+            match ran {
+                Ok(ran) => eprintln!("{node}:\n{}", ran.text()),
+                Err(error) => eprintln!("{node}: {error:#}"),
+            }
+        }
+        if let Some(members) = self.read_members() {
+            eprintln!("Patroni: {}", Value::from(members));
+        }
+    }
+}
