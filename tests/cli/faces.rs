@@ -3,7 +3,7 @@
 
 use crate::project::{Project, can_build, take_turn};
 
-const VERBS: [&[&str]; 17] = [
+const VERBS: [&[&str]; 31] = [
     &[],
     &["build"],
     &["lock"],
@@ -21,6 +21,20 @@ const VERBS: [&[&str]; 17] = [
     &["store", "gc"],
     &["store", "path"],
     &["completions"],
+    &["lab"],
+    &["lab", "up"],
+    &["lab", "status"],
+    &["lab", "exec"],
+    &["lab", "console"],
+    &["lab", "logs"],
+    &["lab", "kill"],
+    &["lab", "stop"],
+    &["lab", "start"],
+    &["lab", "partition"],
+    &["lab", "heal"],
+    &["lab", "freeze"],
+    &["lab", "thaw"],
+    &["lab", "down"],
 ];
 
 fn small() -> Project {
