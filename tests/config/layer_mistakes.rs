@@ -13,7 +13,7 @@ fn an_unknown_key_is_named_with_its_line_and_the_nearest() {
     );
     check(
         "quux = 1",
-        "unknown key `quux`\n  at: layers/a/layer.toml:2\n  why: a layer has no such key\n  help: the keys are: description, role, requires, packages, provides, recommends, exclude, remove, commands, artifact, user, group, units, variables, owners, initrd, kernel",
+        "unknown key `quux`\n  at: layers/a/layer.toml:2\n  why: a layer has no such key\n  help: the keys are: description, role, requires, packages, provides, recommends, exclude, remove, commands, agent, artifact, user, group, units, variables, owners, initrd, kernel",
     );
     check(
         "[units]\nenabel = []",
@@ -29,7 +29,7 @@ fn an_unknown_key_is_named_with_its_line_and_the_nearest() {
     );
     check(
         "\"a`, expected one of `x`\\n\" = 1",
-        "unknown key `a`, expected one of `x`\\n`\n  at: layers/a/layer.toml:2\n  why: a layer has no such key\n  help: the keys are: description, role, requires, packages, provides, recommends, exclude, remove, commands, artifact, user, group, units, variables, owners, initrd, kernel",
+        "unknown key `a`, expected one of `x`\\n`\n  at: layers/a/layer.toml:2\n  why: a layer has no such key\n  help: the keys are: description, role, requires, packages, provides, recommends, exclude, remove, commands, agent, artifact, user, group, units, variables, owners, initrd, kernel",
     );
 }
 
