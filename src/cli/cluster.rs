@@ -98,7 +98,8 @@ fn write_new(context: &Context, file: &Path) -> Result<()> {
         written => written?,
     }
     if context.json {
-        let event = serde_json::json!({ "event": "cluster_new", "path": file });
+        let event =
+            serde_json::json!({ "event": "cluster_new", "path": file.display().to_string() });
         print_line(&event.to_string());
     } else {
         context
@@ -176,7 +177,7 @@ fn init(context: &Context, file: &Path, dir: Option<PathBuf>) -> Result<()> {
     make_directory(&dir, &cluster, read_clock()?)?;
     if context.json {
         let event = serde_json::json!({
-            "event": "cluster_init", "cluster": cluster.name, "path": dir
+            "event": "cluster_init", "cluster": cluster.name, "path": dir.display().to_string()
         });
         print_line(&event.to_string());
     } else {

@@ -70,7 +70,7 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
         let path = write_seed(&out, node, &seed, args.format, now)?;
         if context.json {
             let event = serde_json::json!({
-                "event": "seed", "node": node.name, "roles": node.roles, "path": path
+                "event": "seed", "node": node.name, "roles": node.roles, "path": path.display().to_string()
             });
             print_line(&event.to_string());
         } else {

@@ -301,3 +301,24 @@ fn a_file_that_is_none_is_told() {
     project.write("cluster.toml", &format!("{HEAD}{many}"));
     project.run(&["cluster", "check"]).expect(2, &["70 nodes", "64 are the most"]);
 }
+
+#[test]
+fn a_path_that_is_no_text_makes_nothing_panic() {
+    use std::os::unix::ffi::OsStrExt;
+    let project = make_project();
+    project.write("cluster.toml", &three());
+    let odd = std::ffi::OsStr::from_bytes(b"odd\xff");
+    for args in
+        [&["cluster", "new"][..], &["cluster", "init", "--dir"], &["seed", "--all", "--dir"]]
+    {
+        let mut command = project.command(args);
+        let target = if args[1] == "new" { odd.into() } else { project.root().join(odd).join("d") };
+        std::fs::create_dir_all(project.root().join(odd)).unwrap();
+        if args[1] == "new" {
+            std::fs::remove_dir(project.root().join(odd)).unwrap();
+        }
+        command.arg(target).arg("--json");
+        crate::project::run(command).expect(0, &[]);
+        let _ = std::fs::remove_file(project.root().join(odd));
+    }
+}
