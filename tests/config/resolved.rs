@@ -173,6 +173,12 @@ fn an_artifact_that_is_a_file_has_an_owner_too() {
 }
 
 #[test]
+fn only_a_layer_that_says_so_carries_the_agent() {
+    assert!(Sandbox::with_layer("agent = true\n").profile().layers[0].agent);
+    assert!(!Sandbox::with_layer("").profile().layers[0].agent);
+}
+
+#[test]
 fn a_resolved_profile_can_be_shown_as_toml_and_as_json() {
     let sandbox = Sandbox::new(&[
         (
