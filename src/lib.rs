@@ -31,6 +31,8 @@ pub mod pipeline;
 
 pub mod pki;
 pub mod secrets;
+
+pub mod cluster_dir;
 pub mod seed;
 
 pub mod agent;
