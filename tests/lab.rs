@@ -169,7 +169,7 @@ fn a_command_that_hangs_is_ended_and_output_comes_back() {
 /// The program as a user runs it, with its state in `folder`.
 fn stanchion(folder: &Path) -> Command {
     let mut command = Command::new(image::PROGRAM);
-    command.env("XDG_STATE_HOME", folder).current_dir(image::scratch().join("project"));
+    command.env("XDG_STATE_HOME", folder).current_dir(image::project(image::PROFILE));
     command
 }
 

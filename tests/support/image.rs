@@ -55,6 +55,11 @@ pub fn scratch() -> &'static Path {
     Path::new(env!("CARGO_TARGET_TMPDIR"))
 }
 
+/// The project that the image of a profile is built from.
+pub fn project(profile: &str) -> PathBuf {
+    scratch().join(format!("project-{profile}"))
+}
+
 fn prepare(profile: &str, sets: &[&str]) -> Result<Image, String> {
     // Other test programs may want the same image at the same time.
     let turn = File::create(scratch().join("image.lock")).unwrap();
@@ -66,7 +71,7 @@ fn prepare(profile: &str, sets: &[&str]) -> Result<Image, String> {
         return Err(format!("{}: {}", check.name, check.detail));
     }
     // A copy, because a lock whose packages have left the mirror is renewed.
-    let folder = scratch().join(format!("project-{profile}"));
+    let folder = project(profile);
     copy_project(&folder);
     let project = Project::find(&folder).unwrap();
     let loaded = project.load_profile(profile).unwrap();
