@@ -140,31 +140,17 @@ fn gather_everything(ha: &Ha) -> String {
     victim
 }
 
+/// Make a node the leader. Only the synchronous standby can take over: when the candidate
+/// is not, restarting the standby makes it so.
 fn switch_to(ha: &Ha, candidate: &str) {
-    let is_sync = || {
-        let view = ha.get(candidate, 8008, "patroni")?;
-        (view["sync_standby"] == true || view["role"] == "primary").then_some(())
-    };
-    // Only the synchronous standby can take over; whoever is not becomes it in the second try.
-    if is_sync().is_none() {
-        let sync = ha.nodes().into_iter().find(|node| {
-            ha.get(node, 8008, "patroni").is_some_and(|view| view["sync_standby"] == true)
-        });
-        if let Some(sync) = sync {
-            patronictl_switchover(ha, sync);
-            ha.wait_for("whole after a switchover", WHOLE, || ha.is_whole().then_some(()));
+    for _ in 0..4 {
+        if ha.find_standby().as_deref() == Some(candidate) {
+            break;
         }
-        for _ in 0..3 {
-            if is_sync().is_some() {
-                break;
-            }
-            let leader = ha.find_leader().unwrap();
-            let third = ha.others(candidate).into_iter().find(|node| **node != leader).unwrap();
-            // The standby that is away is replaced by the other.
-            ha.run(third, &["systemctl", "restart", "patroni"]);
-            std::thread::sleep(Duration::from_secs(5));
-            ha.wait_for("whole after a restart", WHOLE, || ha.is_whole().then_some(()));
-        }
+        let standby = ha.wait_for("a synchronous standby", WHOLE, || ha.find_standby());
+        ha.run(&standby, &["systemctl", "restart", "patroni"]);
+        std::thread::sleep(Duration::from_secs(5));
+        ha.wait_for("whole after a restart", WHOLE, || ha.is_whole().then_some(()));
     }
     patronictl_switchover(ha, candidate);
     let leads = || (ha.find_leader()? == candidate).then_some(());
@@ -213,15 +199,7 @@ fn switch_over(ha: &Ha, report: &mut Report) {
     const SCENARIO: &str = "switchover";
     let ledger = ha.write();
     ledger.wait_for_write(Duration::from_secs(30)).unwrap();
-    let sync = ha.wait_for("a synchronous standby", WHOLE, || {
-        let nodes = ha.nodes().into_iter();
-        nodes
-            .filter(|node| {
-                ha.get(node, 8008, "patroni").is_some_and(|view| view["sync_standby"] == true)
-            })
-            .map(str::to_string)
-            .next()
-    });
+    let sync = ha.wait_for("a synchronous standby", WHOLE, || ha.find_standby());
     let event = Instant::now();
     patronictl_switchover(ha, &sync);
     std::thread::sleep(Duration::from_secs(8));

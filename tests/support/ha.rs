@@ -153,58 +153,67 @@ impl Ha {
         record.find_lost(&there)
     }
 
-    /// The answer of a node's HTTPS service to the operator.
-    pub fn get(&self, node: &str, port: u16, path: &str) -> Option<Value> {
-        let url = format!("https://{}:{port}/{path}", self.lab.address(node).unwrap());
+    /// What a node's agent tells the operator.
+    pub fn get_status(&self, node: &str) -> Option<Value> {
+        let url = format!("https://{}:7443/status", self.lab.address(node).unwrap());
         let ask = async {
             let http = self.tls.make_http_client().ok()?;
             let answer = http.get(url).timeout(Duration::from_secs(3)).send().await.ok()?;
             serde_json::from_slice(&answer.bytes().await.ok()?).ok()
         };
-        // The runtime's own thread opens the sockets.
-        std::thread::scope(|scope| {
-            let lab = &self.lab;
-            let runtime = &self.runtime;
-            scope
-                .spawn(move || lab.enter_network(|| runtime.block_on(ask)).unwrap())
-                .join()
-                .unwrap()
-        })
+        self.lab.enter_network(|| self.runtime.block_on(ask)).unwrap()
     }
 
-    /// Patroni's view of the cluster, from the first node that has one.
-    fn read_members(&self) -> Option<Vec<Value>> {
-        let views = self.nodes().into_iter().filter_map(|node| self.get(node, 8008, "cluster"));
-        views.into_iter().find_map(|view| view["members"].as_array().cloned())
+    /// The nodes as they registered, from the first that answers.
+    pub fn list_registered(&self) -> Vec<Value> {
+        let mut pages = self.nodes().into_iter().filter_map(|node| self.get_status(node));
+        pages.find_map(|page| page["nodes"].as_array().cloned()).unwrap_or_default()
+    }
+
+    /// The one node of which something is so.
+    fn find_node(&self, is_so: impl Fn(&Value) -> bool) -> Option<String> {
+        let nodes = self.list_registered();
+        let mut found = nodes.iter().filter(|node| is_so(node));
+        let first = found.next()?["name"].as_str()?.to_string();
+        found.next().is_none().then_some(first)
     }
 
     pub fn find_leader(&self) -> Option<String> {
-        let members = self.read_members()?;
-        let leader = members.iter().find(|member| member["role"] == "leader")?;
-        (leader["state"] == "running").then(|| leader["name"].as_str().unwrap().to_string())
+        self.find_node(|node| node["postgres"] == "leader running")
     }
 
-    /// All three serve: one leader, and two replicas of it, one of them synchronous.
+    pub fn find_standby(&self) -> Option<String> {
+        self.find_node(|node| node["postgres"] == "sync_standby streaming")
+    }
+
+    pub fn find_redis_master(&self) -> Option<String> {
+        self.find_node(|node| node["redis"] == "master")
+    }
+
+    pub fn find_vip_holder(&self) -> Option<String> {
+        self.find_node(|node| node["vip"] == true)
+    }
+
+    /// All three serve and are ready: one leader, and two replicas of it, one of them
+    /// synchronous; one Redis master; one holder of the VIP.
     pub fn is_whole(&self) -> bool {
-        let Some(members) = self.read_members() else { return false };
-        let count = |role: &str, state: &str| {
-            let is_so = |member: &&Value| member["role"] == role && member["state"] == state;
-            members.iter().filter(is_so).count()
+        let pages: Vec<Value> =
+            self.nodes().into_iter().filter_map(|node| self.get_status(node)).collect();
+        let are_ready = pages.iter().all(|page| page["ready"] == true);
+        let Some(nodes) = pages.first().and_then(|page| page["nodes"].as_array()) else {
+            return false;
         };
-        count("leader", "running") == 1
-            && count("sync_standby", "streaming") == 1
-            && count("replica", "streaming") == 1
-            && self.nodes().iter().all(|node| self.find_unready(node).is_empty())
-    }
-
-    /// Why a node is not ready; one reason when it does not answer.
-    pub fn find_unready(&self, node: &str) -> Vec<String> {
-        let Some(page) = self.get(node, 7443, "status") else {
-            return vec![format!("{node} does not answer")];
-        };
-        let reasons = page["reasons"].as_array().cloned().unwrap_or_default();
-        let is_ours = |reason: &&Value| !reason.as_str().unwrap_or_default().contains("storage");
-        reasons.iter().filter(is_ours).map(ToString::to_string).collect()
+        let count =
+            |field: &str, value: Value| nodes.iter().filter(|node| node[field] == value).count();
+        pages.len() == 3
+            && are_ready
+            && nodes.len() == 3
+            && count("postgres", "leader running".into()) == 1
+            && count("postgres", "sync_standby streaming".into()) == 1
+            && count("postgres", "replica streaming".into()) == 1
+            && count("redis", "master".into()) == 1
+            && count("redis", "replica".into()) == 2
+            && count("vip", true.into()) == 1
     }
 
     pub fn wait_until_whole(&self) -> Duration {
@@ -237,25 +246,6 @@ impl Ha {
         ran.text()
     }
 
-    pub fn find_vip_holder(&self) -> Option<String> {
-        let vip = format!(" {}/", self.vip());
-        let holds = |node: &&str| {
-            let ran = self.lab.exec(node, &["ip", "-4", "-brief", "address"], LIMIT);
-            ran.is_ok_and(|ran| ran.text().replace("  ", " ").contains(&vip))
-        };
-        self.nodes().into_iter().find(holds).map(str::to_string)
-    }
-
-    /// As the node that is asked knows it: `role:master` or `role:slave`.
-    pub fn find_redis_master(&self) -> Option<String> {
-        let page = self.nodes().into_iter().find_map(|node| self.get(node, 7443, "status"))?;
-        let nodes = page["nodes"].as_array()?;
-        let master = nodes
-            .iter()
-            .find(|node| node["redis"].as_str().is_some_and(|redis| redis.starts_with("master")))?;
-        master["name"].as_str().map(str::to_string)
-    }
-
     /// What each node says of itself, for whoever reads a failed test.
     pub fn show_nodes(&self) {
         for node in self.nodes() {
@@ -265,8 +255,8 @@ impl Ha {
                 Err(error) => eprintln!("{node}: {error:#}"),
             }
         }
-        if let Some(members) = self.read_members() {
-            eprintln!("Patroni: {}", Value::from(members));
+        for node in self.list_registered() {
+            eprintln!("{node}");
         }
     }
 }
