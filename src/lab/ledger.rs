@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use rustls::ClientConfig;
@@ -148,7 +148,9 @@ pub fn read_ledger(target: &Target) -> Result<BTreeSet<i64>> {
 }
 
 async fn write_on(target: &Target, record: &Mutex<Record>, stop: &AtomicBool) {
-    let mut id = 0;
+    // Ids of earlier clients are smaller.
+    let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let mut id = i64::try_from(started.as_micros()).unwrap_or_default();
     let mut connected: Option<(Client, Arc<AtomicBool>)> = None;
     while !stop.load(Ordering::Relaxed) {
         let Some((client, doubted)) = &connected else {
