@@ -108,11 +108,16 @@ impl SiteAuthority {
         &self.certificate
     }
 
+    /// When a certificate ends that is made now.
+    pub fn find_end(&self, now: u64) -> u64 {
+        (now + SITE_SECONDS).min(self.certificate.not_after)
+    }
+
     /// A server's certificate for the services' names, with a new key; valid for 90 days, or
     /// until the site CA's own end. The certificate is followed by the site CA's.
     pub fn certify(&self, cluster: &Cluster, now: u64) -> Result<Issued> {
-        let end = (now + SITE_SECONDS).min(self.certificate.not_after);
-        let mut params = make_params(&cluster.domain, &cluster.name, now, end)?;
+        let mut params =
+            make_params(&cluster.domain, &cluster.name, now, self.find_end(now))?;
         params.use_authority_key_identifier_extension = true;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
