@@ -45,9 +45,9 @@ pub fn list_site_names(cluster: &Cluster) -> (Vec<String>, Vec<IpAddr>) {
 
 impl Authority {
     /// Certify the key of the site CA for this cluster, valid as long as the CA. What it
-    /// issues is believed for the cluster's domain without its nodes' names, for the VIP
-    /// (without one, for the edges' addresses), and of servers alone: whoever has its key
-    /// can be no node and no operator.
+    /// issues is believed for the cluster's domain and the VIP (without one, the edges'
+    /// addresses), and of servers alone: whoever has its key has neither the short names and
+    /// addresses under which nodes know each other, nor anything to be let in with.
     ///
     /// # Errors
     /// A [`UserError`] when the CA is of a kind that can certify no other.
@@ -70,12 +70,9 @@ impl Authority {
             IpAddr::V4(address) => Some(CidrSubnet::V4(address.octets(), [255; 4])),
             IpAddr::V6(_) => None,
         });
-        let nodes = cluster.nodes.iter();
         params.name_constraints = Some(NameConstraints {
             permitted_subtrees: names.chain(addresses.map(GeneralSubtree::IpAddress)).collect(),
-            excluded_subtrees: nodes
-                .map(|node| GeneralSubtree::DnsName(format!("{}.{}", node.name, cluster.domain)))
-                .collect(),
+            excluded_subtrees: Vec::new(),
         });
         let signed = params.signed_by(&key, &self.issuer).context("certifying the site CA")?;
         Ok(signed.pem())

@@ -143,7 +143,7 @@ fn the_site_ca_certifies_what_users_see_and_nothing_else() {
     }
     // With the site CA's key one still cannot be a node, or anybody else.
     for (vip, domain, asked) in [
-        (100, "n1.netbox.test", "n1.netbox.test"),
+        (100, "n1", "n1"),
         (100, "other.test", "other.test"),
         (1, "netbox.test", "10.0.0.1"),
     ] {
