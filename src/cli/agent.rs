@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
@@ -9,7 +10,8 @@ use clap::{Parser, Subcommand};
 use super::report;
 use crate::agent::board::show;
 use crate::agent::places::Places;
-use crate::agent::server::{Page, ask_socket};
+use crate::agent::server::{Page, RENEW, STATUS, ask_socket};
+use crate::agent::site::Renewal;
 use crate::error;
 
 /// Make a node of this machine: find its seed, join the cluster, run its services.
@@ -32,6 +34,14 @@ enum Verb {
         #[command(flatten)]
         root: Root,
     },
+    /// Renew the certificate that users see, on all edges, now
+    RenewCertificate {
+        /// Write JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        root: Root,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -47,6 +57,9 @@ pub fn run() -> ExitCode {
     let (done, json) = match agent.verb {
         Verb::Run(root) => (crate::agent::run(Places::under(root.root)), false),
         Verb::Status { json, root } => (show_status(&Places::under(root.root), json), json),
+        Verb::RenewCertificate { json, root } => {
+            (renew_certificate(&Places::under(root.root), json), json)
+        }
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -58,12 +71,27 @@ pub fn run() -> ExitCode {
 }
 
 fn show_status(places: &Places, json: bool) -> Result<()> {
-    let value = ask_socket(places)?;
+    let value = ask_socket(places, STATUS, Duration::from_secs(5))?;
     if json {
         crate::progress::print_line(&value.to_string());
         return Ok(());
     }
     let page: Page = serde_json::from_value(value).context("reading the agent's status")?;
     crate::progress::print_line(show(&page.status).trim_end());
+    Ok(())
+}
+
+fn renew_certificate(places: &Places, json: bool) -> Result<()> {
+    let value = ask_socket(places, RENEW, Duration::from_secs(60))?;
+    if json {
+        crate::progress::print_line(&value.to_string());
+        return Ok(());
+    }
+    let renewal: Renewal = serde_json::from_value(value).context("reading the agent's answer")?;
+    let who = if renewal.made { "this edge" } else { "another edge, at the same time," };
+    crate::progress::print_line(&format!(
+        "{who} has made a new certificate: SHA-256 {}",
+        renewal.fingerprint
+    ));
     Ok(())
 }
