@@ -62,6 +62,7 @@ impl Node {
             let mut status = board.lock();
             status.node = seed.node.clone();
             status.cluster = seed.cluster.name.clone();
+            status.members = seed.cluster.nodes.clone();
         }
         Ok(Node {
             services: list_services(&entry.roles),
