@@ -5,6 +5,7 @@
 //! etcd's, Patroni's, Sentinel's and keepalived's.
 
 pub mod apply;
+pub mod ask;
 pub mod board;
 pub mod bootstrap;
 pub mod cache_start;
@@ -30,6 +31,7 @@ pub mod runner;
 pub mod server;
 pub mod site;
 pub mod systemd;
+pub mod table;
 pub mod tls;
 pub mod watch_leader;
 
@@ -68,10 +70,7 @@ async fn run_phases(places: Places) -> Result<()> {
     run_phase(&board, Phase::PreStart, &pre_start::FIND_SEED, &mut unknown).await;
     let seed = unknown.seed.context("no seed was accepted")?;
     let mut node = Node::new(places, board.clone(), seed)?;
-    let _ = known.set(server::Known {
-        registry: node.registry.clone(),
-        site: node.site.clone(),
-    });
+    let _ = known.set(server::Known { registry: node.registry.clone(), site: node.site.clone() });
     run_phase(&board, Phase::PreStart, &pre_start::STEPS, &mut node).await;
     run_phase(&board, Phase::Bootstrap, &bootstrap::STEPS, &mut node).await;
     run_phase(&board, Phase::Main, &main_phase::STEPS, &mut node).await;
