@@ -169,7 +169,9 @@ fn cut_from_etcd(ha: &Ha, report: &mut Report) {
     let leader = watched.leader.clone();
     let rules = ["input", "output"]
         .into_iter()
-        .flat_map(|hook| ["sport", "dport"].map(|end| (hook, format!("tcp {end} {{ 2379, 2380 }}"))))
+        .flat_map(|hook| {
+            ["sport", "dport"].map(|end| (hook, format!("tcp {end} {{ 2379, 2380 }}")))
+        })
         .collect::<Vec<_>>();
     ha.cut(&leader, &rules);
     std::thread::sleep(Duration::from_secs(40));
