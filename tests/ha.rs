@@ -1,6 +1,7 @@
 //! Three nodes of all roles form one cluster by themselves, and lose nothing that was
 //! acknowledged, whatever happens to them.
 
+#[allow(dead_code, reason = "other tests steer the cluster elsewhere")]
 #[path = "support/ha.rs"]
 mod ha;
 #[allow(dead_code, reason = "other tests look into the image")]
@@ -11,59 +12,9 @@ mod services;
 
 use std::time::{Duration, Instant};
 
-use ha::{Ha, LEADER_PORT, REPLICA_PORT};
+use ha::report::{Line, Report, find_longest_pause, find_return};
+use ha::{Ha, LEADER_PORT, REPLICA_PORT, WHOLE};
 use stanchion::lab::ledger::read_ledger;
-use stanchion::lab::timeline::Timeline;
-
-/// How long a cluster that was hurt may take to be whole again; not measured against a goal.
-const WHOLE: Duration = Duration::from_secs(120);
-
-/// One line of the table: what happened, and after how many seconds each service was back.
-struct Line {
-    scenario: &'static str,
-    writes: Option<f64>,
-    vip: Option<f64>,
-    redis: Option<f64>,
-    lost: usize,
-}
-
-/// Bounds in seconds; those that were missed are told together at the end.
-#[derive(Default)]
-struct Report {
-    misses: Vec<String>,
-}
-
-impl Report {
-    fn check(&mut self, scenario: &str, what: &str, found: Option<f64>, bound: f64) {
-        match found {
-            Some(found) if found <= bound => {}
-            Some(found) => self.misses.push(format!("{scenario}: {what} {found:.1} s > {bound} s")),
-            None => self.misses.push(format!("{scenario}: {what} never came back")),
-        }
-    }
-
-    /// Show a line as soon as it is known.
-    fn push(&mut self, line: Line) {
-        let show = |seconds: Option<f64>| match seconds {
-            Some(seconds) => format!("{seconds:.1} s"),
-            None => "-".to_string(),
-        };
-        let Line { scenario, writes, vip, redis, lost } = line;
-        let (writes, vip, redis) = (show(writes), show(vip), show(redis));
-        eprintln!("{scenario}: writes {writes}, VIP {vip}, Redis {redis}, lost {lost}");
-        if lost > 0 {
-            self.misses.push(format!("{scenario}: {lost} acknowledged writes were lost"));
-        }
-    }
-
-    fn finish(self) {
-        assert!(self.misses.is_empty(), "missed:\n{}", self.misses.join("\n"));
-    }
-}
-
-fn find_return(timeline: &Timeline, event: Instant) -> Option<f64> {
-    timeline.find_return(event, Instant::now()).map(|back| back.as_secs_f64())
-}
 
 /// The events of one cluster's life, each with all clients at work; whole before each.
 #[test]
@@ -103,7 +54,7 @@ fn a_cluster_forms_itself_and_survives_what_happens_to_its_nodes() {
 /// The node that is leader, Redis master and VIP holder at once.
 fn kill_the_busiest_node(ha: &Ha, report: &mut Report) {
     const SCENARIO: &str = "kill of the busiest node";
-    let victim = gather_everything(ha);
+    let victim = ha.gather_everything();
     let (ledger, vip, redis) = (ha.write(), ha.watch_vip(), ha.write_redis());
     ledger.wait_for_write(Duration::from_secs(30)).unwrap();
     std::thread::sleep(Duration::from_secs(2));
@@ -125,51 +76,6 @@ fn kill_the_busiest_node(ha: &Ha, report: &mut Report) {
     report.push(line);
     ha.lab.start(&victim).unwrap();
     ha.wait_for("whole after the kill", WHOLE, || ha.is_whole().then_some(()));
-}
-
-/// Move the lead, the VIP and the Redis master to one node.
-fn gather_everything(ha: &Ha) -> String {
-    let victim = ha.wait_for("a Redis master", WHOLE, || ha.find_redis_master());
-    if ha.find_leader().as_ref() != Some(&victim) {
-        switch_to(ha, &victim);
-    }
-    let others = ha.others(&victim);
-    for other in &others {
-        ha.run(other, &["systemctl", "stop", "keepalived"]);
-    }
-    let holds = || (ha.find_vip_holder().as_ref() == Some(&victim)).then_some(());
-    ha.wait_for("the VIP has moved", Duration::from_secs(20), holds);
-    for other in &others {
-        ha.run(other, &["systemctl", "start", "keepalived"]);
-    }
-    ha.wait_for("whole with all on one node", WHOLE, || ha.is_whole().then_some(()));
-    victim
-}
-
-/// Make a node the leader. Only the synchronous standby can take over: when the candidate
-/// is not, restarting the standby makes it so.
-fn switch_to(ha: &Ha, candidate: &str) {
-    for _ in 0..4 {
-        if ha.find_standby().as_deref() == Some(candidate) {
-            break;
-        }
-        let standby = ha.wait_for("a synchronous standby", WHOLE, || ha.find_standby());
-        ha.run(&standby, &["systemctl", "restart", "patroni"]);
-        std::thread::sleep(Duration::from_secs(5));
-        ha.wait_for("whole after a restart", WHOLE, || ha.is_whole().then_some(()));
-    }
-    patronictl_switchover(ha, candidate);
-    let leads = || (ha.find_leader()? == candidate).then_some(());
-    ha.wait_for("the candidate leads", Duration::from_secs(30), leads);
-}
-
-fn patronictl_switchover(ha: &Ha, candidate: &str) {
-    let leader = ha.find_leader().unwrap();
-    let config = "/etc/patroni/config.yml";
-    ha.run(
-        &leader,
-        &["patronictl", "-c", config, "switchover", "--candidate", candidate, "--force"],
-    );
 }
 
 /// Cut the leader off for a minute: it must not acknowledge what the others do not know.
@@ -207,7 +113,7 @@ fn switch_over(ha: &Ha, report: &mut Report) {
     ledger.wait_for_write(Duration::from_secs(30)).unwrap();
     let sync = ha.wait_for("a synchronous standby", WHOLE, || ha.find_standby());
     let event = Instant::now();
-    patronictl_switchover(ha, &sync);
+    ha.switch_over(&sync);
     std::thread::sleep(Duration::from_secs(8));
     let record = ledger.stop();
     // The longest time without an acknowledgement, from the last one before it.
@@ -234,14 +140,6 @@ fn switch_over(ha: &Ha, report: &mut Report) {
         lost: 0,
     });
     ha.run(&holder, &["systemctl", "start", "keepalived"]);
-}
-
-fn find_longest_pause(writes: &[stanchion::lab::ledger::Write], event: Instant) -> f64 {
-    let around = event - Duration::from_secs(1);
-    let times: Vec<Instant> =
-        writes.iter().map(|write| write.at).filter(|at| *at > around).collect();
-    let pauses = times.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64());
-    pauses.fold(0.0, f64::max)
 }
 
 fn refuse_writes_on_a_replica(ha: &Ha) {

@@ -97,7 +97,8 @@ async fn enter_registry(node: &mut Node) -> Result<Verdict> {
         )));
     }
     tokio::spawn(node.registry.clone().follow(node.etcd.clone()));
-    tokio::spawn(keep_pulse(node.etcd.clone(), node.registry.key("pulse", &node.entry.name)));
+    let (etcd, registry) = (node.etcd.clone(), node.registry.clone());
+    tokio::spawn(keep_pulse(etcd, registry, node.entry.name.clone()));
     log("registry: entered");
     Ok(Verdict::Done)
 }

@@ -11,6 +11,10 @@ use serde::{Deserialize, Serialize};
 
 /// So long must a node have failed to reach the leader, without a break.
 pub const UNREACHABLE: Duration = Duration::from_millis(1500);
+/// So long must the pulse of the leader's agent have stood still: four beats.
+pub const QUIET: Duration = Duration::from_secs(2);
+/// Of which etcd must have answered so long without a break, or nobody's pulse could be new.
+pub const WITNESSED: Duration = Duration::from_secs(1);
 /// What another agent published longer ago than this counts for nothing.
 pub const STALE: Duration = Duration::from_millis(2500);
 
@@ -50,6 +54,21 @@ pub struct SyncKey {
     pub standbys: Vec<String>,
 }
 
+/// The pulse of the leader's agent, as this node has read it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Beat {
+    /// For how long it has been read with the same revision.
+    pub unchanged: Duration,
+    /// For how long each of these readings has come without delay.
+    pub witnessed: Duration,
+}
+
+impl Beat {
+    fn is_quiet(self) -> bool {
+        self.unchanged >= QUIET && self.witnessed >= WITNESSED
+    }
+}
+
 /// Everything the decision hangs on.
 #[derive(Debug, Clone, Default)]
 pub struct Observed {
@@ -65,6 +84,8 @@ pub struct Observed {
     pub db_nodes: BTreeSet<String>,
     /// Nodes whose agent has a live pulse (a lease of two seconds).
     pub pulses: BTreeSet<String>,
+    /// Of the leader's agent; `None`: it has none.
+    pub beat: Option<Beat>,
     /// By node, this one's own among them.
     pub sightings: BTreeMap<String, Dated>,
 }
@@ -99,7 +120,7 @@ fn check(seen: &Observed) -> Result<Decision, String> {
     require(!seen.pending, "a switchover is under way")?;
     require(seen.synchronous, "synchronous mode is off")?;
     require(seen.db_nodes.contains(&leader.name), "the leader is no db node of the cluster file")?;
-    require(!seen.pulses.contains(&leader.name), "the leader's agent lives")?;
+    require(seen.beat.is_none_or(Beat::is_quiet), "the leader's agent lives")?;
 
     let others: Vec<&String> = seen.db_nodes.iter().filter(|n| **n != leader.name).collect();
     let fresh = |name: &str| {

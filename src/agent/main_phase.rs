@@ -7,12 +7,14 @@ use anyhow::Result;
 use super::board::{CLOCK, log};
 use super::cache_start::{choose_master, set_master};
 use super::checks;
+use super::defragment::Defragmenter;
 use super::files::read_bounded;
 use super::node::{Node, lock};
 use super::observe::{Observer, Shared, keep_registration};
 use super::patroni;
 use super::render::{NodeView, merge_nodes};
 use super::runner::{Retry, Step, Verdict};
+use super::slots::{drop_lost_slots, list_owners};
 use super::systemd::{Active, query_unit, reload_daemon, start_unit};
 use super::watch_leader::Watcher;
 use crate::config::cluster::Role;
@@ -86,6 +88,8 @@ async fn register(node: &mut Node) -> Result<Verdict> {
     tokio::spawn(keep_registration(node.etcd.clone(), key, shared.clone()));
     if node.has(Role::Db) {
         tokio::spawn(Watcher::new(node, shared.lease).run());
+        tokio::spawn(Defragmenter::new(node).run());
+        tokio::spawn(drop_lost_slots(node.board.clone(), list_owners(node)));
     }
     Ok(Verdict::Done)
 }

@@ -123,7 +123,8 @@ impl Node {
     }
 }
 
-fn etcd_url(node: &Entry) -> String {
+/// Where a node's etcd answers clients.
+pub fn etcd_url(node: &Entry) -> String {
     format!("https://{}:2379", node.address)
 }
 

@@ -12,6 +12,7 @@ use super::checks;
 use super::etcd::Etcd;
 use super::node::{Node, lock};
 use super::patroni::{self, View};
+use super::pause::Pause;
 use super::places::Places;
 use super::ready::{self, EtcdView, Observed, PatroniView, SentinelCount};
 use super::redis::{RedisView, SentinelView, ask_redis, ask_sentinel};
@@ -68,13 +69,14 @@ impl Observer {
 
     /// Look for ever.
     pub async fn run(self) {
+        let mut pause = Pause::default();
         loop {
-            self.look().await;
+            self.look(&mut pause).await;
             tokio::time::sleep(PAUSE).await;
         }
     }
 
-    async fn look(&self) {
+    async fn look(&self, pause: &mut Pause) {
         let has = |role| self.entry.has(role);
         let (etcd, own, view, redis, sentinel, stopped) = tokio::join!(
             self.look_at_etcd(),
@@ -86,18 +88,25 @@ impl Observer {
         );
         *lock(&self.shared.redis_master) = sentinel.as_ref().map(|view| view.master);
         self.record_master(redis.as_ref(), sentinel.as_ref()).await;
+        let paused = match &view {
+            Some(view) => {
+                pause.track(&self.etcd, &self.registry.key("pause", "since"), view.pause).await
+            }
+            None => None,
+        };
         let (observed, phase) = {
             let status = self.board.lock();
             let observed = Observed {
                 name: self.entry.name.clone(),
                 in_main: status.phase == Phase::Main,
                 etcd: etcd.ok(),
-                patroni: view.as_ref().map(summarize),
+                patroni: view.as_ref().map(|view| summarize(view, paused)),
                 sentinel: sentinel.as_ref().map(|view| SentinelCount {
                     known: view.others + 1,
                     master_down: view.flags.contains("o_down"),
                 }),
                 redis_linked: redis.as_ref().map(|view| view.is_master || view.link_up),
+                redis_syncing: redis.as_ref().is_some_and(|view| view.syncing),
                 vip_here: self.holds_vip(),
                 registered: self.registry.list_nodes(),
                 problems: status.problems.clone(),
@@ -216,7 +225,7 @@ async fn maybe<T>(wanted: bool, work: impl Future<Output = Result<T>>) -> Option
     if wanted { work.await.ok() } else { None }
 }
 
-fn summarize(view: &View) -> PatroniView {
+fn summarize(view: &View, paused: Option<Duration>) -> PatroniView {
     let running = |state: &str| matches!(state, "running" | "streaming" | "in archive recovery");
     let names = |keep: &dyn Fn(&patroni::Member) -> bool| -> Vec<String> {
         view.members.iter().filter(|member| keep(member)).map(|m| m.name.clone()).collect()
@@ -225,7 +234,7 @@ fn summarize(view: &View) -> PatroniView {
         leader: names(&|m| m.role == "leader" && running(&m.state)).pop(),
         synchronous: names(&|m| m.role == "sync_standby" && running(&m.state)),
         running: names(&|m| m.role != "leader" && running(&m.state)),
-        paused: view.pause,
+        paused,
     }
 }
 

@@ -2,9 +2,11 @@
 //! function of what was observed; each reason says what is wrong, in words.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use crate::config::cluster::{Cluster, Role};
 
+use super::pause::describe_pause;
 use super::registry::Registration;
 
 /// What the local services and the registry said last. `None`: it does not answer.
@@ -18,6 +20,8 @@ pub struct Observed {
     pub sentinel: Option<SentinelCount>,
     /// Of this node's own Redis: it is master, or its link to the master is up.
     pub redis_linked: Option<bool>,
+    /// It is taking over the master's data.
+    pub redis_syncing: bool,
     pub vip_here: bool,
     pub registered: BTreeMap<String, Registration>,
     /// What the board holds: refused files, units that do not start, failed checks.
@@ -42,7 +46,8 @@ pub struct PatroniView {
     pub synchronous: Vec<String>,
     /// Replicas that run, the synchronous ones among them.
     pub running: Vec<String>,
-    pub paused: bool,
+    /// For how long `patronictl pause` has been on.
+    pub paused: Option<Duration>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -134,9 +139,7 @@ fn judge_database(cluster: &Cluster, seen: &Observed, reasons: &mut Vec<String>)
     if patroni.leader.is_none() {
         reasons.push("PostgreSQL has no leader: no writes".to_string());
     }
-    if patroni.paused {
-        reasons.push("Patroni is paused: nobody takes over (`patronictl resume`)".to_string());
-    }
+    reasons.extend(patroni.paused.map(describe_pause));
     if cluster.is_single() {
         return;
     }
@@ -162,8 +165,24 @@ fn judge_database(cluster: &Cluster, seen: &Observed, reasons: &mut Vec<String>)
 fn judge_cache(cluster: &Cluster, seen: &Observed, reasons: &mut Vec<String>) {
     match seen.redis_linked {
         None => reasons.push("Redis does not answer on this node".to_string()),
+        Some(false) if seen.redis_syncing => {
+            reasons.push("Redis takes over the master's data".to_string());
+        }
         Some(false) => reasons.push("Redis has lost its link to the master".to_string()),
         Some(true) => {}
+    }
+    let masters: Vec<&str> = seen
+        .registered
+        .values()
+        .filter(|node| node.redis == "master")
+        .map(|node| node.node.name.as_str())
+        .collect();
+    if masters.len() > 1 {
+        reasons.push(format!(
+            "{} nodes are Redis masters ({}): Sentinel makes one of them follow the other",
+            masters.len(),
+            masters.join(", ")
+        ));
     }
     let wanted = cluster.list_nodes(Role::Cache).count() as u64;
     match &seen.sentinel {

@@ -65,6 +65,8 @@ pub struct RedisView {
     pub is_master: bool,
     pub master: Option<Ipv4Addr>,
     pub link_up: bool,
+    /// It is taking over the master's data.
+    pub syncing: bool,
     pub replicas: u64,
 }
 
@@ -98,6 +100,7 @@ fn read_replication(text: &str) -> RedisView {
         is_master: find("role") == Some("master"),
         master: find("master_host").and_then(|host| host.parse().ok()),
         link_up: find("master_link_status") == Some("up"),
+        syncing: find("master_sync_in_progress") == Some("1"),
         replicas: find("connected_slaves").and_then(|text| text.parse().ok()).unwrap_or(0),
     }
 }

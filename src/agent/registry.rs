@@ -3,13 +3,16 @@
 //! ```text
 //! /stanchion/<cluster>/nodes/<name>    registration, under a lease of 10 s
 //! /stanchion/<cluster>/seen/<name>     what its agent sees of the leader, same lease
-//! /stanchion/<cluster>/pulse/<name>    under a lease of 2 s: the agent lives
+//! /stanchion/<cluster>/pulse/<name>    under a lease of 2 s: the agent lives; written anew
+//!                                      at every beat while its node is PostgreSQL's leader
 //! /stanchion/<cluster>/secrets/<name>  keyed fingerprint of a secret
-//! /stanchion/<cluster>/locks/<name>    work for one at a time
+//! /stanchion/<cluster>/locks/<name>    work that one node does at a time
 //! /stanchion/<cluster>/site/<name>     what the edges show users, sealed
+//! /stanchion/<cluster>/pause/since     when `patronictl pause` was first seen
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -25,6 +28,8 @@ use super::render::NodeView;
 pub const NODE_LEASE: u32 = 10;
 /// The shortest that etcd grants with its usual election timeout.
 pub const PULSE_LEASE: u32 = 2;
+/// Between two beats of a pulse, and as long waits one for an endpoint of etcd.
+const BEAT: Duration = Duration::from_millis(500);
 /// A watch that has been silent for so long is made anew: its server may be gone.
 const SILENCE: Duration = Duration::from_secs(15);
 
@@ -67,6 +72,7 @@ pub struct Registry {
     content: Arc<Mutex<Content>>,
     changed: Arc<tokio::sync::Notify>,
     site_changed: Arc<tokio::sync::Notify>,
+    leads: Arc<AtomicBool>,
 }
 
 impl Registry {
@@ -76,6 +82,7 @@ impl Registry {
             content: Arc::default(),
             changed: Arc::default(),
             site_changed: Arc::default(),
+            leads: Arc::default(),
         }
     }
 
@@ -99,6 +106,11 @@ impl Registry {
             age: at.elapsed(),
         };
         content.seen.iter().map(|(name, seen)| (name.clone(), date(seen))).collect()
+    }
+
+    /// Whether this node is PostgreSQL's leader: then others watch its pulse closely.
+    pub fn set_leads(&self, leads: bool) {
+        self.leads.store(leads, Ordering::Relaxed);
     }
 
     /// Wait until a node has come, gone or changed what others' files hang on.
@@ -270,15 +282,17 @@ impl Lease {
     }
 }
 
-/// Keep this node's pulse for ever.
-pub async fn keep_pulse(etcd: Etcd, key: String) {
+/// Keep this node's pulse for ever. A lease that outlives an election of etcd says little
+/// about the agent: a leader's key is written anew at every beat.
+pub async fn keep_pulse(etcd: Etcd, registry: Registry, name: String) {
+    let (etcd, key) = (etcd.make_hasty(BEAT, None), registry.key("pulse", &name));
     let mut lease = Lease::new(etcd.clone(), PULSE_LEASE);
     let mut written = false;
     loop {
         let beat = async {
             let (id, new) = lease.keep().await?;
             written &= !new;
-            if !written {
+            if !written || registry.leads.load(Ordering::Relaxed) {
                 etcd.put(&key, "", Some(id)).await?;
                 written = true;
             }
@@ -286,7 +300,7 @@ pub async fn keep_pulse(etcd: Etcd, key: String) {
         };
         // What fails is tried again at the next beat.
         let _ = beat.await;
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        tokio::time::sleep(BEAT).await;
     }
 }
 

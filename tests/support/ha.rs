@@ -1,5 +1,10 @@
 //! A lab of three nodes of all roles, formed into one cluster, with clients that write to it.
 
+#[path = "report.rs"]
+pub mod report;
+#[path = "steer.rs"]
+mod steer;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::Ipv4Addr;
@@ -22,6 +27,8 @@ use crate::image;
 pub const LEADER_PORT: u16 = 5433;
 pub const REPLICA_PORT: u16 = 5434;
 const LIMIT: Duration = Duration::from_secs(60);
+/// How long a cluster that was hurt may take to be whole again; not measured against a goal.
+pub const WHOLE: Duration = Duration::from_secs(120);
 
 pub struct Ha {
     pub lab: Lab,

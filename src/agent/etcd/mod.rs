@@ -27,6 +27,8 @@ pub struct Etcd {
     http: Client,
     endpoints: Arc<Vec<String>>,
     preferred: Arc<AtomicUsize>,
+    /// For one endpoint's answer.
+    limit: Duration,
 }
 
 /// Keys under a prefix, and the revision at which they were read.
@@ -60,7 +62,20 @@ pub enum Outcome {
 impl Etcd {
     /// `endpoints`: URLs such as `https://10.0.0.1:2379`, the nearest first.
     pub fn new(http: Client, endpoints: Vec<String>) -> Self {
-        Etcd { http, endpoints: Arc::new(endpoints), preferred: Arc::default() }
+        Etcd { http, endpoints: Arc::new(endpoints), preferred: Arc::default(), limit: TIMEOUT }
+    }
+
+    /// A client that gives an endpoint up sooner, and asks those at `without` last: they are
+    /// thought to be gone.
+    pub fn make_hasty(&self, limit: Duration, without: Option<&str>) -> Self {
+        let mut endpoints = self.endpoints.to_vec();
+        endpoints.sort_by_key(|endpoint| Some(endpoint.as_str()) == without);
+        Etcd {
+            http: self.http.clone(),
+            endpoints: endpoints.into(),
+            preferred: Arc::default(),
+            limit,
+        }
     }
 
     /// One key; `None` when there is none.
@@ -122,14 +137,13 @@ impl Etcd {
         self.transact(compare, json!({"request_put": put})).await
     }
 
-    /// Delete a key if its last change was at this revision, each of the `unchanged` keys
-    /// is as it was at its revision, and none of the `absent` keys exists.
+    /// Delete a key if its last change was at this revision, and each of the `unchanged` keys
+    /// is as it was at its revision: 0 for one that does not exist.
     pub async fn delete_if(
         &self,
         key: &str,
         mod_revision: i64,
         unchanged: &[(&str, i64)],
-        absent: &[&str],
     ) -> Result<Outcome> {
         let same = |(key, revision): &(&str, i64)| {
             json!({
@@ -137,15 +151,8 @@ impl Etcd {
                 "mod_revision": revision.to_string()
             })
         };
-        let none = |key: &&str| {
-            json!({
-                "key": wire::encode(key), "target": "CREATE", "result": "EQUAL",
-                "create_revision": "0"
-            })
-        };
         let mut compare = vec![same(&(key, mod_revision))];
         compare.extend(unchanged.iter().map(same));
-        compare.extend(absent.iter().map(none));
         let delete = json!({"request_delete_range": {"key": wire::encode(key)}});
         self.transact(Value::Array(compare), delete).await
     }
@@ -235,6 +242,12 @@ impl Etcd {
         self.ask(endpoint, "maintenance/defragment", &json!({}), limit).await.map(drop)
     }
 
+    /// Let another member lead; asked of the leader itself.
+    pub async fn transfer_leadership(&self, target: u64) -> Result<()> {
+        let body = json!({"targetID": target.to_string()});
+        self.call("maintenance/transfer-leadership", body).await.map(drop)
+    }
+
     fn in_order(&self) -> impl Iterator<Item = &String> {
         let first = self.preferred.load(Ordering::Relaxed);
         let count = self.endpoints.len();
@@ -245,7 +258,7 @@ impl Etcd {
         let mut failure = anyhow!("there is no etcd endpoint");
         for _ in 0..self.endpoints.len() {
             let at = self.preferred.load(Ordering::Relaxed) % self.endpoints.len();
-            match self.ask(&self.endpoints[at], path, &body, TIMEOUT).await {
+            match self.ask(&self.endpoints[at], path, &body, self.limit).await {
                 Ok(answer) => return Ok(answer),
                 // The cluster itself has said no; another member would say the same.
                 Err(error) if error.downcast_ref::<Rejected>().is_some() => return Err(error),
@@ -296,7 +309,7 @@ impl Etcd {
         };
         match tokio::time::timeout(limit, asked).await {
             Ok(answer) => answer.with_context(|| format!("asking etcd at {endpoint} for {path}")),
-            Err(_) => bail!("etcd at {endpoint} has not answered for {} s", limit.as_secs()),
+            Err(_) => bail!("etcd at {endpoint} has not answered for {limit:?}"),
         }
     }
 }

@@ -53,7 +53,7 @@ fn well(cluster: &Cluster) -> Observed {
             leader: Some("n1".into()),
             synchronous: vec!["n2".into()],
             running: vec!["n2".into(), "n3".into()],
-            paused: false,
+            paused: None,
         }),
         sentinel: Some(SentinelCount { known: 3, master_down: false }),
         redis_linked: Some(true),
@@ -74,7 +74,7 @@ fn three_nodes_in_three_zones_that_all_answer_are_ready() {
 #[test]
 fn whatever_makes_it_less_than_highly_available_is_said() {
     type Change = fn(&mut Observed);
-    let faults: [(&str, Change); 17] = [
+    let faults: [(&str, Change); 19] = [
         ("main phase", |seen| seen.in_main = false),
         ("no quorum", |seen| seen.etcd = None),
         ("2 voting members of 3", |seen| seen.etcd.as_mut().unwrap().voters = 2),
@@ -83,12 +83,23 @@ fn whatever_makes_it_less_than_highly_available_is_said() {
         ("no sign of life from n3", |seen| seen.etcd.as_mut().unwrap().silent = vec!["n3".into()]),
         ("Patroni does not answer", |seen| seen.patroni = None),
         ("no leader", |seen| seen.patroni.as_mut().unwrap().leader = None),
-        ("paused", |seen| seen.patroni.as_mut().unwrap().paused = true),
+        ("paused for 1 min", |seen| {
+            seen.patroni.as_mut().unwrap().paused = Some(Duration::from_secs(60));
+        }),
         ("no synchronous standby", |seen| seen.patroni.as_mut().unwrap().synchronous.clear()),
         ("does not run on n3", |seen| drop(seen.patroni.as_mut().unwrap().running.pop())),
         ("2 of 3 Sentinels", |seen| seen.sentinel.as_mut().unwrap().known = 2),
         ("4 Sentinels", |seen| seen.sentinel.as_mut().unwrap().known = 4),
         ("lost its link", |seen| seen.redis_linked = Some(false)),
+        ("takes over the master's data", |seen| {
+            seen.redis_linked = Some(false);
+            seen.redis_syncing = true;
+        }),
+        ("2 nodes are Redis masters (n1, n3)", |seen| {
+            for name in ["n1", "n3"] {
+                seen.registered.get_mut(name).unwrap().redis = "master".into();
+            }
+        }),
         ("by 2 nodes at once (n1, n2)", |seen| seen.vip_here = true),
         ("no edge holds", |seen| seen.registered.get_mut("n2").unwrap().vip = false),
         ("1 of 3 nodes are not there: n3", |seen| drop(seen.registered.remove("n3"))),
