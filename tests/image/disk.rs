@@ -221,10 +221,13 @@ fn the_manifest_names_every_layer_package_and_output_by_its_digest() {
             "base packages",
             "base files",
             "kernel packages",
+            "observability packages",
+            "observability files",
             "etcd packages",
             "etcd files",
             "postgres packages",
             "postgres files",
+            "agent files",
         ]
     );
     check_blobs(image);

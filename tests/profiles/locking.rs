@@ -110,8 +110,7 @@ fn an_update_of_a_package_moves_that_package_alone() {
     };
     let project = Copy::new();
     fs::write(project.path("stanchion.lock"), &today.text).unwrap();
-    project
-        .edit("profiles/db.toml", |text| text.replace("\"postgres\"]", "\"postgres\", \"held\"]"));
+    project.edit("profiles/db.toml", |text| text.replace("\"agent\"]", "\"agent\", \"held\"]"));
     let hold = |lines: String| {
         fs::create_dir_all(project.path("layers/held")).unwrap();
         let text = format!("description = \"held\"\n{lines}");
