@@ -1,5 +1,7 @@
 //! The cluster file, the cluster's directory and the seeds, as a user meets them.
 
+#[path = "cluster/certificate.rs"]
+mod certificate;
 #[path = "cluster/checked.rs"]
 mod checked;
 #[path = "cluster/documented.rs"]

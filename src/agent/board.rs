@@ -121,6 +121,11 @@ impl Board {
         self.lock().warnings.insert(thing.to_string(), warning);
     }
 
+    /// `thing` is not poor (any more).
+    pub fn forget_warning(&self, thing: &str) {
+        self.lock().warnings.remove(thing);
+    }
+
     pub fn begin_step(&self, phase: Phase, name: &str, purpose: &str) -> usize {
         let mut status = self.lock();
         status.phase = phase;

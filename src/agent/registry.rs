@@ -5,7 +5,8 @@
 //! /stanchion/<cluster>/seen/<name>     what its agent sees of the leader, same lease
 //! /stanchion/<cluster>/pulse/<name>    under a lease of 2 s: the agent lives
 //! /stanchion/<cluster>/secrets/<name>  keyed fingerprint of a secret
-//! /stanchion/<cluster>/locks/<name>    one-time work
+//! /stanchion/<cluster>/locks/<name>    work for one at a time
+//! /stanchion/<cluster>/site/<name>     what the edges show users, sealed
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -65,6 +66,7 @@ pub struct Registry {
     prefix: Arc<str>,
     content: Arc<Mutex<Content>>,
     changed: Arc<tokio::sync::Notify>,
+    site_changed: Arc<tokio::sync::Notify>,
 }
 
 impl Registry {
@@ -73,6 +75,7 @@ impl Registry {
             prefix: format!("/stanchion/{cluster}/").into(),
             content: Arc::default(),
             changed: Arc::default(),
+            site_changed: Arc::default(),
         }
     }
 
@@ -101,6 +104,11 @@ impl Registry {
     /// Wait until a node has come, gone or changed what others' files hang on.
     pub async fn wait_for_change(&self) {
         self.changed.notified().await;
+    }
+
+    /// Wait until what the edges show may have changed.
+    pub async fn wait_for_site(&self) {
+        self.site_changed.notified().await;
     }
 
     /// Follow the registry for ever.
@@ -145,6 +153,8 @@ impl Registry {
         for entry in entries {
             self.put(entry);
         }
+        // It may be gone, too.
+        self.site_changed.notify_one();
         let mut content = lock(&self.content);
         // What has not changed is not newer for having been read again.
         for (name, (sighting, at)) in &mut content.seen {
@@ -171,6 +181,7 @@ impl Registry {
                     Some(("nodes", name)) => drop(content.nodes.remove(name)),
                     Some(("pulse", name)) => drop(content.pulses.remove(name)),
                     Some(("seen", name)) => drop(content.seen.remove(name)),
+                    Some(("site", _)) => self.site_changed.notify_one(),
                     _ => {}
                 }
             }
@@ -195,6 +206,7 @@ impl Registry {
                 }
             }
             Some(("pulse", name)) => drop(content.pulses.insert(name.to_string())),
+            Some(("site", _)) => self.site_changed.notify_one(),
             Some(("seen", name)) => {
                 if let Ok(sighting) = serde_json::from_str(&entry.value) {
                     content.seen.insert(name.to_string(), (sighting, Instant::now()));

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
@@ -10,9 +11,13 @@ use super::report;
 use super::status::print_table;
 use crate::agent::board::{StepOutcome, show};
 use crate::agent::places::Places;
-use crate::agent::server::{Page, ask_socket};
+use crate::agent::server::{Page, RENEW, STATUS, ask_socket};
+use crate::agent::site::Renewal;
 use crate::agent::table::{Answer, make_table};
 use crate::error::{self, UserError};
+
+/// For an answer that the agent has at hand.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Make a node of this machine: find its seed, join the cluster, run its services.
 #[derive(Debug, Parser)]
@@ -31,6 +36,14 @@ enum Verb {
         /// Show the whole cluster as this node sees it; exit code 3 when a node is not ready
         #[arg(long)]
         cluster: bool,
+        /// Write JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        root: Root,
+    },
+    /// Renew the certificate that users see, on all edges, now
+    RenewCertificate {
         /// Write JSON
         #[arg(long)]
         json: bool,
@@ -62,6 +75,10 @@ pub fn run() -> ExitCode {
             };
             (shown, json)
         }
+        Verb::RenewCertificate { json, root } => {
+            let done = renew_certificate(&Places::under(root.root), json);
+            (done.map(|()| ExitCode::SUCCESS), json)
+        }
     };
     match done {
         Ok(code) => code,
@@ -73,7 +90,7 @@ pub fn run() -> ExitCode {
 }
 
 fn show_status(places: &Places, json: bool) -> Result<()> {
-    let value = ask_socket(places)?;
+    let value = ask_socket(places, STATUS, PATIENCE)?;
     if json {
         crate::progress::print_line(&value.to_string());
         return Ok(());
@@ -83,10 +100,25 @@ fn show_status(places: &Places, json: bool) -> Result<()> {
     Ok(())
 }
 
+fn renew_certificate(places: &Places, json: bool) -> Result<()> {
+    let value = ask_socket(places, RENEW, Duration::from_secs(60))?;
+    if json {
+        crate::progress::print_line(&value.to_string());
+        return Ok(());
+    }
+    let renewal: Renewal = serde_json::from_value(value).context("reading the agent's answer")?;
+    let who = if renewal.made { "this edge" } else { "another edge, at the same time," };
+    crate::progress::print_line(&format!(
+        "{who} has made a new certificate: SHA-256 {}",
+        renewal.fingerprint
+    ));
+    Ok(())
+}
+
 /// Of the others this node knows what they registered.
 fn show_cluster(places: &Places, json: bool) -> Result<ExitCode> {
-    let page: Page =
-        serde_json::from_value(ask_socket(places)?).context("reading the agent's status")?;
+    let page: Page = serde_json::from_value(ask_socket(places, STATUS, PATIENCE)?)
+        .context("reading the agent's status")?;
     let (name, members) = (page.status.node.clone(), page.status.members.clone());
     if name.is_empty() {
         return Err(UserError::new("this machine is in no cluster yet")
