@@ -190,7 +190,7 @@ fn decode_primary(region: &Region, record: &[u8], skipped: usize) -> Result<Name
 /// Behind the name and the byte that makes its length even.
 fn take_system_use(record: &[u8]) -> &[u8] {
     let end = RECORD + usize::from(record[32]);
-    record.get(end + usize::from(record[32] % 2 == 0)..).unwrap_or_default()
+    record.get(end + usize::from(record[32].is_multiple_of(2))..).unwrap_or_default()
 }
 
 /// Bytes to skip at the start of every other record's area (`SP` of the folder's own).

@@ -30,7 +30,7 @@ fn make_record(name: &[u8], sector: usize, size: usize, system_use: &[u8]) -> Ve
     record.extend([0; 7]);
     record.extend([0, 0, 0, 1, 0, 0, 1, name.len() as u8]);
     record.extend(name);
-    if name.len() % 2 == 0 {
+    if name.len().is_multiple_of(2) {
         record.push(0);
     }
     record.extend(system_use);
