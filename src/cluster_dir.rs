@@ -11,9 +11,11 @@ use anyhow::{Context, Result};
 
 use crate::config::cluster::Cluster;
 use crate::error::UserError;
-use crate::files::{is_occupied, name_beside, rename_without_replacing, sync_parent};
-use crate::pki::{Authority, Issued};
-use crate::secrets::{SECRETS, Secret, make_secrets};
+use crate::files::{
+    Existing, is_occupied, name_beside, rename_without_replacing, sync_parent, write_beside,
+};
+use crate::pki::{Authority, Certificate, Issued};
+use crate::secrets::{FIRST, SECRETS, Secret, make_secret, make_secrets};
 
 const CA: &str = "ca.pem";
 const CA_KEY: &str = "ca.key";
@@ -52,6 +54,46 @@ pub fn make_directory(path: &Path, cluster: &Cluster, now: u64) -> Result<()> {
         return Err(refuse_second(path).into());
     }
     place_directory(path, &files)
+}
+
+/// Make those secrets that a newer version needs and the directory lacks; the others stay
+/// as they are, byte for byte. The names of what was made.
+///
+/// # Errors
+/// As of [`ClusterDir::open`], and a [`UserError`] when a secret is missing that the
+/// directory has had from its beginning.
+pub fn add_missing(path: &Path, cluster: &Cluster) -> Result<Vec<&'static str>> {
+    open_authority(path, cluster)?;
+    let file = path.join(SECRETS_FILE);
+    let (mut text, secrets) = parse_secrets(&file)?;
+    let missing = list_missing(&file, &secrets)?;
+    for name in &missing {
+        let line = BTreeMap::from([(name, make_secret(name)?)]);
+        if !text.ends_with('\n') {
+            text.push('\n');
+        }
+        text += &toml::to_string(&line).context("writing the secrets as TOML")?;
+    }
+    if !missing.is_empty() {
+        write_beside(&file, 0o600, Existing::Replace, |mut file: &File| {
+            file.write_all(text.as_bytes()).context("writing the secrets")
+        })?;
+    }
+    Ok(missing)
+}
+
+/// Those that came with later versions and are not there.
+fn list_missing(
+    path: &Path,
+    secrets: &BTreeMap<String, Secret>,
+) -> Result<Vec<&'static str>, UserError> {
+    let is_missing = |(name, _): &&(&'static str, _)| !secrets.contains_key(*name);
+    if let Some((name, _)) = SECRETS[..FIRST].iter().find(is_missing) {
+        return Err(UserError::new(format!("the secret `{name}` is missing"))
+            .in_file(path)
+            .help("bring the file back from a copy; its secrets cannot be made anew"));
+    }
+    Ok(SECRETS[FIRST..].iter().filter(is_missing).map(|(name, _)| *name).collect())
 }
 
 fn list_files<'a>(
@@ -111,6 +153,50 @@ fn refuse_second(path: &Path) -> UserError {
         .help("go on with `stanchion seed`, which uses it; for another cluster name another directory with --dir")
 }
 
+/// What the operator speaks to the nodes with.
+pub struct Operator {
+    /// The CA's certificate, PEM.
+    pub ca: String,
+    /// PEM.
+    pub certificate: String,
+    /// PEM.
+    pub key: String,
+}
+
+impl Operator {
+    /// Read it from a cluster directory, or from a copy of these three files of one.
+    ///
+    /// # Errors
+    /// A [`UserError`] when it is not there, is another cluster's, or can be read by others.
+    pub fn read(path: &Path, cluster: &Cluster) -> Result<Self> {
+        if !path.is_dir() {
+            let what = format!("there is no operator's certificate for `{}`", cluster.name);
+            return Err(UserError::new(what)
+                .why(format!("there is no directory {}", path.display()))
+                .help("name the cluster's directory with --dir; `stanchion cluster init` makes it")
+                .into());
+        }
+        let ca = read_file(&path.join(CA), false)?;
+        let certificate = read_file(&path.join(OPERATOR), false)?;
+        let key = read_file(&path.join(OPERATOR_KEY), true)?;
+        for (name, pem) in [(CA, &ca), (OPERATOR, &certificate)] {
+            let read = Certificate::read(pem).map_err(|_| {
+                UserError::new("the operator's certificate cannot be used")
+                    .in_file(path.join(name))
+                    .why("it is no certificate in PEM")
+                    .help("bring it back from a copy")
+            })?;
+            if read.organization != cluster.name {
+                let what = format!("{} belongs to another cluster", path.display());
+                let owner = read.organization;
+                let why = format!("it is that of `{owner}`, and the file says `{}`", cluster.name);
+                return Err(UserError::new(what).why(why).into());
+            }
+        }
+        Ok(Operator { ca, certificate, key })
+    }
+}
+
 fn write_secrets(cluster: &Cluster, secrets: &BTreeMap<String, Secret>) -> Result<String> {
     let table = toml::to_string(secrets).context("writing the secrets as TOML")?;
     Ok(format!(
@@ -126,47 +212,58 @@ impl ClusterDir {
     /// A [`UserError`] when it is not there, is another cluster's, can be read by others,
     /// lacks a secret, or is damaged. No error shows what the files hold.
     pub fn open(path: &Path, cluster: &Cluster) -> Result<Self> {
-        if !path.is_dir() {
-            let what = format!("the cluster `{}` has no secrets yet", cluster.name);
-            return Err(UserError::new(what)
-                .why(format!("there is no directory {}", path.display()))
-                .help("make it with `stanchion cluster init`, or name it with --dir")
-                .into());
-        }
-        let ca = read_file(&path.join(CA), false)?;
-        let key = read_file(&path.join(CA_KEY), true)?;
-        let authority = Authority::read(&ca, &key).map_err(|error| {
-            UserError::new("the cluster's CA cannot be used")
-                .in_file(path)
-                .why(format!("{error:#}"))
-        })?;
-        let owner = &authority.certificate().organization;
-        if *owner != cluster.name {
-            let what = format!("{} belongs to another cluster", path.display());
-            let why = format!("its CA is that of `{owner}`, and the file says `{}`", cluster.name);
-            return Err(UserError::new(what).why(why).into());
-        }
+        let (authority, ca) = open_authority(path, cluster)?;
         let secrets = read_secrets(&path.join(SECRETS_FILE))?;
         Ok(ClusterDir { authority, ca, secrets })
     }
 }
 
+/// The CA of the directory, which is this cluster's, and its certificate in PEM.
+fn open_authority(path: &Path, cluster: &Cluster) -> Result<(Authority, String)> {
+    if !path.is_dir() {
+        let what = format!("the cluster `{}` has no secrets yet", cluster.name);
+        return Err(UserError::new(what)
+            .why(format!("there is no directory {}", path.display()))
+            .help("make it with `stanchion cluster init`, or name it with --dir")
+            .into());
+    }
+    let ca = read_file(&path.join(CA), false)?;
+    let key = read_file(&path.join(CA_KEY), true)?;
+    let authority = Authority::read(&ca, &key).map_err(|error| {
+        UserError::new("the cluster's CA cannot be used").in_file(path).why(format!("{error:#}"))
+    })?;
+    let owner = &authority.certificate().organization;
+    if *owner != cluster.name {
+        let what = format!("{} belongs to another cluster", path.display());
+        let why = format!("its CA is that of `{owner}`, and the file says `{}`", cluster.name);
+        return Err(UserError::new(what).why(why).into());
+    }
+    Ok((authority, ca))
+}
+
 fn read_secrets(path: &Path) -> Result<BTreeMap<String, Secret>> {
+    let (_, secrets) = parse_secrets(path)?;
+    match list_missing(path, &secrets)?.first() {
+        None => Ok(secrets),
+        Some(name) => Err(UserError::new(format!("the secret `{name}` is missing"))
+            .in_file(path)
+            .why("this version needs it, and the one that made the directory did not")
+            .help("add what is missing with `stanchion cluster init --missing`, and keep a copy")
+            .into()),
+    }
+}
+
+/// The file's text, and what it says.
+fn parse_secrets(path: &Path) -> Result<(String, BTreeMap<String, Secret>)> {
     let text = read_file(path, true)?;
     // TOML's own errors show the line, and with it the secret.
-    let secrets: BTreeMap<String, Secret> = toml::from_str(&text).map_err(|error| {
+    let secrets = toml::from_str(&text).map_err(|error| {
         let before = error.span().map_or("", |span| text.get(..span.start).unwrap_or(""));
         UserError::new("the secrets cannot be read")
             .at(path, 1 + before.matches('\n').count())
             .why("each line is `name = \"secret\"`; a secret has letters, digits and `+/=_.-`")
     })?;
-    match SECRETS.iter().find(|(name, _)| !secrets.contains_key(*name)) {
-        None => Ok(secrets),
-        Some((name, _)) => Err(UserError::new(format!("the secret `{name}` is missing"))
-            .in_file(path)
-            .help("bring the file back from a copy; its secrets cannot be made anew")
-            .into()),
-    }
+    Ok((text, secrets))
 }
 
 fn read_file(path: &Path, is_secret: bool) -> Result<String> {

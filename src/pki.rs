@@ -22,6 +22,12 @@ use crate::config::cluster::{Cluster, Node};
 use crate::digest::Digest;
 use crate::error::UserError;
 
+mod chain;
+mod site;
+
+pub use chain::{Chain, MAX_CHAIN, MAX_KEY};
+pub use site::{SiteAuthority, list_site_names, make_site_key};
+
 const DAY: u64 = 86_400;
 const YEAR: u64 = 365 * DAY;
 const CA_SECONDS: u64 = 10 * YEAR;
@@ -51,7 +57,8 @@ impl Authority {
     /// None that the user can mend.
     pub fn make(cluster: &str, now: u64) -> Result<(Self, Issued)> {
         let mut params = make_params(&format!("{cluster} CA"), cluster, now, now + CA_SECONDS)?;
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        // Below it stands the site CA alone.
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(1));
         params.key_usages = vec![
             KeyUsagePurpose::KeyCertSign,
             KeyUsagePurpose::CrlSign,
@@ -172,6 +179,8 @@ pub struct Certificate {
     pub not_before: u64,
     pub not_after: u64,
     pub is_ca: bool,
+    /// How many CAs may stand below it; `None` when nothing is said.
+    pub depth: Option<u32>,
     /// Of the whole certificate.
     pub fingerprint: Digest,
     /// An uncompressed point on P-256.
@@ -240,6 +249,11 @@ fn read_fields(certificate: &X509Certificate<'_>, fingerprint: Digest) -> Result
         not_before: u64::try_from(certificate.validity().not_before.timestamp()).unwrap_or(0),
         not_after: u64::try_from(certificate.validity().not_after.timestamp()).unwrap_or(0),
         is_ca: certificate.is_ca(),
+        depth: certificate
+            .basic_constraints()
+            .ok()
+            .flatten()
+            .and_then(|found| found.value.path_len_constraint),
         fingerprint,
         key: public.subject_public_key.data.to_vec(),
         issuer: certificate.issuer().as_raw().to_vec(),

@@ -3,15 +3,17 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::config::cluster::Role;
+use crate::pki::make_site_key;
 
 /// All shared secrets by name, with the roles that need them; `fingerprint` is the key of
-/// the fingerprints by which nodes compare the others without showing them.
-pub const SECRETS: [(&str, &[Role]); 10] = [
+/// the fingerprints by which nodes compare the others without showing them, `site_key` the
+/// key of the site CA, and `site_seal` that under which etcd holds the site's certificate.
+pub const SECRETS: [(&str, &[Role]); 12] = [
     ("postgres_superuser", &[Role::Db]),
     ("postgres_replication", &[Role::Db]),
     ("postgres_rewind", &[Role::Db]),
@@ -22,7 +24,16 @@ pub const SECRETS: [(&str, &[Role]); 10] = [
     ("keepalived", &[Role::Edge]),
     ("haproxy_stats", &[Role::Edge]),
     ("fingerprint", &Role::ALL),
+    (SITE_KEY, &[Role::Edge]),
+    (SITE_SEAL, &[Role::Edge]),
 ];
+
+pub const SITE_KEY: &str = "site_key";
+pub const SITE_SEAL: &str = "site_seal";
+
+/// So many of [`SECRETS`] every cluster's directory has had from its beginning: one that
+/// lacks such a secret has lost it. Those behind came with later versions.
+pub const FIRST: usize = 10;
 
 /// Bytes that a secret may have.
 const MAX_BYTES: usize = 256;
@@ -75,7 +86,15 @@ impl<'de> Deserialize<'de> for Secret {
 
 /// A new secret of each name.
 pub fn make_secrets() -> Result<BTreeMap<String, Secret>> {
-    SECRETS.iter().map(|(name, _)| Ok((name.to_string(), Secret::make()?))).collect()
+    SECRETS.iter().map(|(name, _)| Ok((name.to_string(), make_secret(name)?))).collect()
+}
+
+/// A new secret of this name.
+pub fn make_secret(name: &str) -> Result<Secret> {
+    match name {
+        SITE_KEY => Secret::new(make_site_key()?).context("making the site CA's key"),
+        _ => Secret::make(),
+    }
 }
 
 /// The names of the secrets that a node with these roles gets.
@@ -104,7 +123,7 @@ mod tests {
         let texts: std::collections::BTreeSet<&str> =
             secrets.values().map(Secret::reveal).collect();
         assert_eq!(texts.len(), SECRETS.len());
-        assert!(texts.iter().all(|text| text.len() == 64));
+        assert!(texts.iter().all(|text| text.len() >= 64));
     }
 
     #[test]
@@ -112,7 +131,10 @@ mod tests {
         let list = |roles: &[Role]| list_needed(roles).collect::<Vec<_>>().join(" ");
         assert_eq!(list(&[Role::Cache]), "redis sentinel fingerprint");
         assert_eq!(list(&[Role::Web]), "postgres_netbox redis fingerprint");
-        assert_eq!(list(&[Role::Edge]), "redis sentinel keepalived haproxy_stats fingerprint");
+        assert_eq!(
+            list(&[Role::Edge]),
+            "redis sentinel keepalived haproxy_stats fingerprint site_key site_seal"
+        );
         assert!(list(&[Role::Db]).starts_with("postgres_superuser postgres_replication"));
         assert!(!list(&[Role::Db]).contains("redis"));
     }

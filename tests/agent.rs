@@ -80,7 +80,7 @@ impl World {
             let root = world.root(n);
             let credentials = root.join("run/credentials/@system");
             fs::create_dir_all(&credentials).unwrap();
-            let seed = issue_seed(&world.cluster, node, &directory, now).unwrap();
+            let seed = issue_seed(&world.cluster, node, &directory, None, now).unwrap();
             fs::write(credentials.join("stanchion.seed"), seed).unwrap();
             let template = root.join("usr/share/stanchion/boot/etcd/etc/etcd/etcd.yml.j2");
             fs::create_dir_all(template.parent().unwrap()).unwrap();

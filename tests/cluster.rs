@@ -1,5 +1,7 @@
 //! The cluster file, the cluster's directory and the seeds, as a user meets them.
 
+#[path = "cluster/certificate.rs"]
+mod certificate;
 #[path = "cluster/checked.rs"]
 mod checked;
 #[path = "cluster/documented.rs"]
@@ -11,6 +13,8 @@ mod mistakes;
 #[path = "support/project.rs"]
 #[allow(dead_code, reason = "other tests build images with it")]
 mod project;
+#[path = "cluster/status.rs"]
+mod status;
 
 use crate::project::Project;
 

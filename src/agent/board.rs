@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::cluster::Node;
+
 /// The problem of a clock that is not right.
 pub const CLOCK: &str = "clock";
 
@@ -60,6 +62,9 @@ pub struct Status {
     pub version: String,
     pub node: String,
     pub cluster: String,
+    /// The nodes of the cluster file, as the seed has it.
+    #[serde(default)]
+    pub members: Vec<Node>,
     pub phase: Phase,
     pub steps: Vec<StepRecord>,
     /// What is not as it should be, by the thing concerned; in words, with what helps. A
@@ -114,6 +119,11 @@ impl Board {
     /// Something about `thing` is poor; the runner has logged it.
     pub fn warn(&self, thing: &str, warning: String) {
         self.lock().warnings.insert(thing.to_string(), warning);
+    }
+
+    /// `thing` is not poor (any more).
+    pub fn forget_warning(&self, thing: &str) {
+        self.lock().warnings.remove(thing);
     }
 
     pub fn begin_step(&self, phase: Phase, name: &str, purpose: &str) -> usize {

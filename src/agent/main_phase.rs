@@ -24,7 +24,10 @@ const QUICK: Retry =
 /// Files are rendered anew so often even when nothing was told.
 const TICK: Duration = Duration::from_secs(10);
 
-pub const STEPS: [Step<Node>; 5] = [
+/// The edge does not wait longer for the certificate that it shows.
+const SITE_PATIENCE: Duration = Duration::from_secs(15);
+
+pub const STEPS: [Step<Node>; 6] = [
     Step {
         name: "register",
         purpose: "telling the others about this node",
@@ -36,6 +39,12 @@ pub const STEPS: [Step<Node>; 5] = [
         purpose: "starting the database",
         retry: QUICK,
         run: |node| Box::pin(start_role(node, Role::Db)),
+    },
+    Step {
+        name: "site",
+        purpose: "fetching the certificate that users see",
+        retry: Retry::GoOn,
+        run: |node| Box::pin(fetch_site(node)),
     },
     Step {
         name: "edge",
@@ -83,6 +92,19 @@ async fn register(node: &mut Node) -> Result<Verdict> {
         tokio::spawn(drop_lost_slots(node.board.clone(), list_owners(node)));
     }
     Ok(Verdict::Done)
+}
+
+/// An edge starts with the certificate that all edges show, if that can be had soon.
+async fn fetch_site(node: &mut Node) -> Result<Verdict> {
+    let Some(site) = node.site.clone() else { return Ok(Verdict::Done) };
+    let settled = tokio::time::timeout(SITE_PATIENCE, site.settle()).await;
+    tokio::spawn(site.run());
+    let reason = match settled {
+        Ok(Ok(())) => return Ok(Verdict::Done),
+        Ok(Err(error)) => format!("{error:#}"),
+        Err(_) => format!("etcd has not answered for {} s", SITE_PATIENCE.as_secs()),
+    };
+    Ok(Verdict::Warn(format!("users see this node's own certificate until then: {reason}")))
 }
 
 async fn start_role(node: &mut Node, role: Role) -> Result<Verdict> {

@@ -5,6 +5,7 @@
 //! etcd's, Patroni's, Sentinel's and keepalived's.
 
 pub mod apply;
+pub mod ask;
 pub mod board;
 pub mod bootstrap;
 pub mod cache_start;
@@ -30,8 +31,10 @@ pub mod render;
 pub mod roles;
 pub mod runner;
 pub mod server;
+pub mod site;
 pub mod slots;
 pub mod systemd;
+pub mod table;
 pub mod tls;
 pub mod watch_leader;
 
@@ -60,8 +63,8 @@ pub fn run(places: Places) -> Result<()> {
 
 async fn run_phases(places: Places) -> Result<()> {
     let board = Board::new(env!("CARGO_PKG_VERSION"));
-    let registry = Arc::new(OnceLock::new());
-    server::serve_socket(&places, &board, registry.clone())?;
+    let known = Arc::new(OnceLock::new());
+    server::serve_socket(&places, &board, known.clone())?;
     keep_watchdog();
     // A node that waits for its seed is up: it shows why it waits.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -70,7 +73,7 @@ async fn run_phases(places: Places) -> Result<()> {
     run_phase(&board, Phase::PreStart, &pre_start::FIND_SEED, &mut unknown).await;
     let seed = unknown.seed.context("no seed was accepted")?;
     let mut node = Node::new(places, board.clone(), seed)?;
-    let _ = registry.set(node.registry.clone());
+    let _ = known.set(server::Known { registry: node.registry.clone(), site: node.site.clone() });
     run_phase(&board, Phase::PreStart, &pre_start::STEPS, &mut node).await;
     run_phase(&board, Phase::Bootstrap, &bootstrap::STEPS, &mut node).await;
     run_phase(&board, Phase::Main, &main_phase::STEPS, &mut node).await;

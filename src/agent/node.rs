@@ -18,6 +18,7 @@ use super::places::Places;
 use super::registry::Registry;
 use super::render::{Facts, render_all};
 use super::roles::{Service, list_role_services, list_services};
+use super::site::Site;
 use super::tls::Tls;
 use crate::config::cluster::{Node as Entry, Role};
 use crate::seed::Seed;
@@ -37,6 +38,8 @@ pub struct Node {
     pub etcd: Etcd,
     pub registry: Registry,
     pub shared: Shared,
+    /// Of an edge.
+    pub site: Option<Site>,
     /// Units that were started, or found running, since this agent started.
     pub started: BTreeSet<&'static str>,
     /// Since when this node looks for the Redis master.
@@ -62,12 +65,16 @@ impl Node {
             let mut status = board.lock();
             status.node = seed.node.clone();
             status.cluster = seed.cluster.name.clone();
+            status.members = seed.cluster.nodes.clone();
         }
+        let etcd = Etcd::new(http.clone(), endpoints);
+        let registry = Registry::new(&seed.cluster.name);
         Ok(Node {
             services: list_services(&entry.roles),
             applied: Applied::default(),
-            etcd: Etcd::new(http.clone(), endpoints),
-            registry: Registry::new(&seed.cluster.name),
+            site: Site::new(&places, &board, &etcd, &registry, &seed)?,
+            etcd,
+            registry,
             shared: Shared::default(),
             started: BTreeSet::new(),
             cache_since: None,

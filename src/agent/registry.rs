@@ -6,8 +6,9 @@
 //! /stanchion/<cluster>/pulse/<name>    under a lease of 2 s: the agent lives; written anew
 //!                                      at every beat while its node is PostgreSQL's leader
 //! /stanchion/<cluster>/secrets/<name>  keyed fingerprint of a secret
-//! /stanchion/<cluster>/locks/<name>    work that one node does at a time
+//! /stanchion/<cluster>/locks/<name>    work for one at a time
 //! /stanchion/<cluster>/pause/since     when `patronictl pause` was first seen
+//! /stanchion/<cluster>/site/<name>     what the edges show users, sealed
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -71,6 +72,7 @@ pub struct Registry {
     content: Arc<Mutex<Content>>,
     changed: Arc<tokio::sync::Notify>,
     leads: Arc<AtomicBool>,
+    site_changed: Arc<tokio::sync::Notify>,
 }
 
 impl Registry {
@@ -80,6 +82,7 @@ impl Registry {
             content: Arc::default(),
             changed: Arc::default(),
             leads: Arc::default(),
+            site_changed: Arc::default(),
         }
     }
 
@@ -113,6 +116,11 @@ impl Registry {
     /// Wait until a node has come, gone or changed what others' files hang on.
     pub async fn wait_for_change(&self) {
         self.changed.notified().await;
+    }
+
+    /// Wait until what the edges show may have changed.
+    pub async fn wait_for_site(&self) {
+        self.site_changed.notified().await;
     }
 
     /// Follow the registry for ever.
@@ -157,6 +165,8 @@ impl Registry {
         for entry in entries {
             self.put(entry);
         }
+        // It may be gone, too.
+        self.site_changed.notify_one();
         let mut content = lock(&self.content);
         // What has not changed is not newer for having been read again.
         for (name, (sighting, at)) in &mut content.seen {
@@ -183,6 +193,7 @@ impl Registry {
                     Some(("nodes", name)) => drop(content.nodes.remove(name)),
                     Some(("pulse", name)) => drop(content.pulses.remove(name)),
                     Some(("seen", name)) => drop(content.seen.remove(name)),
+                    Some(("site", _)) => self.site_changed.notify_one(),
                     _ => {}
                 }
             }
@@ -207,6 +218,7 @@ impl Registry {
                 }
             }
             Some(("pulse", name)) => drop(content.pulses.insert(name.to_string())),
+            Some(("site", _)) => self.site_changed.notify_one(),
             Some(("seen", name)) => {
                 if let Ok(sighting) = serde_json::from_str(&entry.value) {
                     content.seen.insert(name.to_string(), (sighting, Instant::now()));

@@ -1,9 +1,9 @@
 //! What an agent answers: to the cluster over mutual TLS on 7443, to this machine in plain
-//! HTTP on 7080 (health only), and to `stanchion-agent status` on a socket for root.
+//! HTTP on 7080 (health only), and to `stanchion-agent` itself on a socket for root.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -14,8 +14,8 @@ use axum::response::{IntoResponse, Json, Response};
 use axum::routing::get;
 use serde::Serialize;
 use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt;
-use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -26,12 +26,17 @@ use super::node::Node;
 use super::places::Places;
 use super::registry::{Registration, Registry};
 use super::render::make_plan;
+use super::site::Site;
+use crate::error::UserError;
 
 pub const PORT: u16 = 7443;
 pub const HEALTH_PORT: u16 = 7080;
 /// Connections that may be in their handshake, or open, at the same time.
 const MAX_CONNECTIONS: usize = 128;
 const HANDSHAKE: Duration = Duration::from_secs(5);
+/// Verbs on the agent's socket.
+pub const STATUS: &str = "status";
+pub const RENEW: &str = "renew-certificate";
 const MAX_RELAYED: usize = 8 << 20;
 
 #[derive(Clone)]
@@ -145,12 +150,12 @@ async fn tell_health() -> &'static str {
 }
 
 async fn tell_ready(State(answers): State<Answers>) -> Response {
-    let (ready, reasons) = {
+    let (ready, reasons, warnings) = {
         let status = answers.board.lock();
-        (status.ready, status.reasons.clone())
+        (status.ready, status.reasons.clone(), status.warnings.clone())
     };
     let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (code, Json(json!({"ready": ready, "reasons": reasons}))).into_response()
+    (code, Json(json!({"ready": ready, "reasons": reasons, "warnings": warnings}))).into_response()
 }
 
 async fn tell_status(State(answers): State<Answers>) -> Json<Page> {
@@ -234,12 +239,15 @@ async fn relay_metrics(State(answers): State<Answers>, Path(exporter): Path<Stri
     }
 }
 
-/// Listen for `stanchion-agent status`: whoever may open the socket gets the page as JSON.
-pub fn serve_socket(
-    places: &Places,
-    board: &Board,
-    registry: Arc<std::sync::OnceLock<Registry>>,
-) -> Result<()> {
+/// What the agent has once it knows who the node is.
+pub struct Known {
+    pub registry: Registry,
+    pub site: Option<Site>,
+}
+
+/// Listen for `stanchion-agent status` and its like: whoever may open the socket writes a
+/// line with the verb and gets JSON.
+pub fn serve_socket(places: &Places, board: &Board, known: Arc<OnceLock<Known>>) -> Result<()> {
     let path = places.socket();
     std::fs::create_dir_all(places.run())
         .with_context(|| format!("making {}", places.run().display()))?;
@@ -252,32 +260,77 @@ pub fn serve_socket(
     let board = board.clone();
     tokio::spawn(async move {
         loop {
-            let Ok((mut stream, _)) = listener.accept().await else {
+            let Ok((stream, _)) = listener.accept().await else {
                 tokio::time::sleep(Duration::from_millis(200)).await;
                 continue;
             };
-            let page = make_page(&board, registry.get());
-            let text = serde_json::to_vec(&page).unwrap_or_default();
-            tokio::spawn(async move {
-                let write = async {
-                    stream.write_all(&text).await?;
-                    stream.shutdown().await
-                };
-                tokio::time::timeout(HANDSHAKE, write).await
-            });
+            let (board, known) = (board.clone(), known.clone());
+            tokio::spawn(async move { answer_socket(stream, &board, &known).await });
         }
     });
     Ok(())
 }
 
-/// Ask the agent of this machine.
-pub fn ask_socket(places: &Places) -> Result<Value> {
-    use std::io::Read;
+async fn answer_socket(
+    mut stream: UnixStream,
+    board: &Board,
+    known: &OnceLock<Known>,
+) -> Result<()> {
+    let mut verb = String::new();
+    let mut asked = (&mut stream).take(64);
+    tokio::time::timeout(HANDSHAKE, asked.read_to_string(&mut verb)).await??;
+    let answer = match verb.trim() {
+        STATUS => {
+            let registry = known.get().map(|known| &known.registry);
+            serde_json::to_vec(&make_page(board, registry))
+        }
+        RENEW => serde_json::to_vec(&renew(known.get()).await),
+        _ => serde_json::to_vec(&json!({"error": "an unknown verb"})),
+    };
+    let write = async {
+        stream.write_all(&answer.unwrap_or_default()).await?;
+        stream.shutdown().await
+    };
+    Ok(tokio::time::timeout(HANDSHAKE, write).await??)
+}
+
+async fn renew(known: Option<&Known>) -> Value {
+    let renewed = match known {
+        None => Err(UserError::new("this node does not know yet who it is").into()),
+        Some(Known { site: None, .. }) => Err(UserError::new("this node is no edge")
+            .help("ask on a node with the role edge")
+            .into()),
+        Some(Known { site: Some(site), .. }) => site.renew().await,
+    };
+    match renewed {
+        Ok(renewal) => json!(renewal),
+        Err(error) => match error.downcast_ref::<UserError>() {
+            Some(refused) => json!({"refused": refused.to_string()}),
+            None => json!({"error": format!("{error:#}")}),
+        },
+    }
+}
+
+/// Ask the agent of this machine; `patience` is how long it may take.
+///
+/// # Errors
+/// A [`UserError`] when the agent says what to do instead.
+pub fn ask_socket(places: &Places, verb: &str, patience: Duration) -> Result<Value> {
+    use std::io::{Read, Write};
     let path = places.socket();
     let mut stream = std::os::unix::net::UnixStream::connect(&path)
         .with_context(|| format!("asking the agent at {}", path.display()))?;
-    stream.set_read_timeout(Some(HANDSHAKE)).context("asking the agent")?;
+    stream.set_read_timeout(Some(patience)).context("asking the agent")?;
+    writeln!(stream, "{verb}").context("asking the agent")?;
+    stream.shutdown(std::net::Shutdown::Write).context("asking the agent")?;
     let mut text = String::new();
-    (&mut stream).take(4 << 20).read_to_string(&mut text).context("reading the agent's status")?;
-    serde_json::from_str(&text).context("reading the agent's status")
+    (&mut stream).take(4 << 20).read_to_string(&mut text).context("reading the agent's answer")?;
+    let answer: Value = serde_json::from_str(&text).context("reading the agent's answer")?;
+    if let Some(refused) = answer["refused"].as_str() {
+        return Err(UserError::new(refused).into());
+    }
+    if let Some(error) = answer["error"].as_str() {
+        anyhow::bail!("the agent answers: {error}");
+    }
+    Ok(answer)
 }

@@ -46,6 +46,11 @@ pub fn write_files(places: &Places, seed: &Seed) -> Result<()> {
         for (name, text) in files {
             write_file(&folder.join(name), text.as_bytes(), access, false)?;
         }
+        let site = folder.join("site.pem");
+        if account == "haproxy" && !site.exists() {
+            // HAProxy wants a file there; this is what it shows until etcd has answered.
+            write_file(&site, both.as_bytes(), access, false)?;
+        }
         std::os::unix::fs::chown(&folder, Some(user), Some(group))
             .with_context(|| format!("giving {} to {account}", folder.display()))?;
     }

@@ -5,14 +5,16 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result};
 
 use super::Context;
-use crate::cluster_dir::{default_path, make_directory};
+use crate::cluster_dir::{add_missing, default_path, make_directory};
 use crate::config::cluster::checklist::{Check, State, list_checks};
 use crate::config::cluster::ports::{Port, list_ports};
-use crate::config::cluster::{Cluster, load_cluster};
+use crate::config::cluster::{Cluster, find_certificate, load_cluster};
 use crate::config::{Project, Role};
 use crate::error::UserError;
 use crate::files::{Existing, is_occupied, write_beside};
+use crate::pki::Chain;
 use crate::progress::print_line;
+use crate::seed::{Brought, read_brought};
 
 /// The cluster file that is meant when none is named.
 pub const FILE: &str = "cluster.toml";
@@ -51,6 +53,10 @@ enum Verb {
         /// Where they go (default: beside the cluster file, called like the cluster)
         #[arg(long, value_name = "DIR")]
         dir: Option<PathBuf>,
+        /// Add the secrets that this version needs to a directory that lacks them; all others
+        /// stay as they are
+        #[arg(long)]
+        missing: bool,
     },
 }
 
@@ -58,7 +64,8 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
     match args.verb {
         Verb::New { file } => write_new(context, &file),
         Verb::Check { file } => check(context, &file),
-        Verb::Init { file, dir } => init(context, &file, dir),
+        Verb::Init { file, dir, missing: false } => init(context, &file, dir),
+        Verb::Init { file, dir, missing: true } => add(context, &file, dir),
     }
 }
 
@@ -130,7 +137,11 @@ fn choose_profile(context: &Context) -> Result<(String, bool)> {
 fn check(context: &Context, file: &Path) -> Result<()> {
     let project: Project = context.find_project()?;
     let cluster = load_cluster(file, &project)?;
-    let (checks, ports) = (list_checks(&cluster), list_ports(&cluster));
+    let now = read_clock()?;
+    let brought = find_certificate(file)?.map(|files| read_brought(&files, &cluster, now));
+    let brought = brought.transpose()?;
+    let (mut checks, ports) = (list_checks(&cluster), list_ports(&cluster));
+    checks.extend(brought.map(|brought| check_certificate(&brought, now)).transpose()?);
     if context.json {
         let event = serde_json::json!({
             "event": "cluster_check",
@@ -148,6 +159,15 @@ fn check(context: &Context, file: &Path) -> Result<()> {
     }
     warn_if_single(context, &cluster);
     Ok(())
+}
+
+/// What there is to say of a certificate that is good now.
+fn check_certificate(brought: &Brought, now: u64) -> Result<Check> {
+    let chain = Chain::read(&brought.chain, &brought.key)?;
+    let days = chain.not_after.saturating_sub(now) / 86_400;
+    let text = format!("for {}, valid for {days} more days", chain.dns_names.join(", "));
+    let state = if days < 21 { State::Warning } else { State::Verified };
+    Ok(Check { state, subject: "certificate", text })
 }
 
 fn print_checks(checks: &[Check]) {
@@ -187,5 +207,27 @@ fn init(context: &Context, file: &Path, dir: Option<PathBuf>) -> Result<()> {
         ));
     }
     warn_if_single(context, &cluster);
+    Ok(())
+}
+
+fn add(context: &Context, file: &Path, dir: Option<PathBuf>) -> Result<()> {
+    let cluster = load_cluster(file, &context.find_project()?)?;
+    let dir = dir.unwrap_or_else(|| default_path(file, &cluster));
+    let added = add_missing(&dir, &cluster)?;
+    if context.json {
+        let event = serde_json::json!({
+            "event": "cluster_init", "cluster": cluster.name, "path": dir.display().to_string(),
+            "added": added,
+        });
+        print_line(&event.to_string());
+    } else if added.is_empty() {
+        context.progress.note(&format!("{} has all secrets", dir.display()));
+    } else {
+        context.progress.note(&format!(
+            "added {} to {}: keep a new copy, then `stanchion seed --all`",
+            added.join(", "),
+            dir.display()
+        ));
+    }
     Ok(())
 }

@@ -9,11 +9,11 @@ use super::Context;
 use super::cluster::{FILE, read_clock, warn_if_single};
 use crate::cluster_dir::{ClusterDir, default_path};
 use crate::config::Role;
-use crate::config::cluster::{Cluster, Node, load_cluster};
+use crate::config::cluster::{Cluster, Node, find_certificate, load_cluster};
 use crate::error::{UserError, find_nearest};
 use crate::files::{Existing, write_beside};
 use crate::progress::print_line;
-use crate::seed::{issue_seed, volume};
+use crate::seed::{issue_seed, read_brought, volume};
 
 /// Write what makes a machine a node: its name, certificate and secrets
 #[derive(Debug, clap::Args)]
@@ -62,11 +62,13 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
     let dir = args.dir.unwrap_or_else(|| default_path(&args.cluster, &cluster));
     let directory = ClusterDir::open(&dir, &cluster)?;
     let out = args.out.unwrap_or_else(|| dir.join("seeds"));
-    make_folder(&out)?;
     let now = read_clock()?;
+    let files = find_certificate(&args.cluster)?;
+    let brought = files.map(|files| read_brought(&files, &cluster, now)).transpose()?;
+    make_folder(&out)?;
     warn_if_single(context, &cluster);
     for node in nodes {
-        let seed = issue_seed(&cluster, node, &directory, now)?;
+        let seed = issue_seed(&cluster, node, &directory, brought.as_ref(), now)?;
         let path = write_seed(&out, node, &seed, args.format, now)?;
         if context.json {
             let event = serde_json::json!({
@@ -81,7 +83,7 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
     Ok(())
 }
 
-fn find_node<'a>(cluster: &'a Cluster, name: &str) -> Result<&'a Node> {
+pub fn find_node<'a>(cluster: &'a Cluster, name: &str) -> Result<&'a Node> {
     let names = || cluster.nodes.iter().map(|node| node.name.as_str());
     cluster.find_node(name).ok_or_else(|| {
         let error = UserError::new(format!("the cluster `{}` has no node `{name}`", cluster.name));

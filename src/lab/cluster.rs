@@ -97,7 +97,7 @@ pub fn make_secrets(path: &Path, cluster: &Cluster) -> Result<ClusterDir> {
 pub fn make_seed(cluster: &Cluster, directory: &ClusterDir, node: &str) -> Result<Vec<u8>> {
     let entry =
         cluster.find_node(node).with_context(|| format!("no node {node} in the cluster"))?;
-    issue_seed(cluster, entry, directory, read_clock()?)
+    issue_seed(cluster, entry, directory, None, read_clock()?)
 }
 
 fn read_clock() -> Result<u64> {

@@ -95,3 +95,99 @@ fn no_certificate_outlives_the_authority() {
     let error = authority.certify_node(&cluster, &cluster.nodes[0], late + 10).err().unwrap();
     assert!(error.is::<UserError>(), "{error:#}");
 }
+
+/// Whether rustls believes a chain, as a server's for a name, and as a client's.
+fn verify(ca: &str, chain: &str, name: &str) -> (Result<(), String>, Result<(), String>) {
+    use rustls::client::WebPkiServerVerifier;
+    use rustls::client::danger::ServerCertVerifier;
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+    use rustls::server::WebPkiClientVerifier;
+    use rustls::server::danger::ClientCertVerifier;
+
+    let read = |pem: &str| -> Vec<CertificateDer<'static>> {
+        CertificateDer::pem_slice_iter(pem.as_bytes()).map(Result::unwrap).collect()
+    };
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(read(ca).remove(0)).unwrap();
+    let (roots, chain) = (std::sync::Arc::new(roots), read(chain));
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let now = UnixTime::since_unix_epoch(Duration::from_secs(NOW + DAY));
+    let server = WebPkiServerVerifier::builder_with_provider(roots.clone(), provider.clone());
+    let name = ServerName::try_from(name.to_string()).unwrap();
+    let server =
+        server.build().unwrap().verify_server_cert(&chain[0], &chain[1..], &name, &[], now);
+    let client = WebPkiClientVerifier::builder_with_provider(roots, provider).build().unwrap();
+    let client = client.verify_client_cert(&chain[0], &chain[1..], now);
+    (server.map(drop).map_err(|e| e.to_string()), client.map(drop).map_err(|e| e.to_string()))
+}
+
+#[test]
+fn the_site_ca_certifies_what_users_see_and_nothing_else() {
+    let cluster = make_cluster();
+    let (authority, made) = Authority::make("lab", NOW).unwrap();
+    let key = make_site_key().unwrap();
+    let pem = authority.certify_site_authority(&cluster, &key, NOW).unwrap();
+    let site = SiteAuthority::read(&pem, &key).unwrap();
+    assert!(authority.certificate().has_issued(site.certificate()));
+    assert_eq!(site.certificate().not_after, authority.certificate().not_after);
+    assert_eq!((site.certificate().is_ca, site.certificate().depth), (true, Some(0)));
+    assert!(SiteAuthority::read(&pem, &make_site_key().unwrap()).is_err());
+
+    let issued = site.certify(&cluster, NOW).unwrap();
+    let chain = Chain::read(&issued.certificate, &issued.key).unwrap();
+    assert_eq!(chain.not_after, NOW + 90 * DAY);
+    for name in ["netbox.test", "netbox.netbox.test", "db.netbox.test", "10.0.0.100"] {
+        let (server, client) = verify(&made.certificate, &issued.certificate, name);
+        server.unwrap();
+        client.unwrap_err();
+    }
+    // With the site CA's key one still cannot be a node, or anybody else.
+    for (vip, domain, asked) in
+        [(100, "n1", "n1"), (100, "other.test", "other.test"), (1, "netbox.test", "10.0.0.1")]
+    {
+        let other = Cluster {
+            vip: Some(Ipv4Addr::new(10, 0, 0, vip)),
+            domain: domain.into(),
+            ..cluster.clone()
+        };
+        let forged = site.certify(&other, NOW).unwrap();
+        verify(&made.certificate, &forged.certificate, asked).0.unwrap_err();
+    }
+}
+
+#[test]
+fn a_chain_is_read_only_with_its_key_and_in_its_order() {
+    let cluster = make_cluster();
+    let (authority, made) = Authority::make("lab", NOW).unwrap();
+    let key = make_site_key().unwrap();
+    let pem = authority.certify_site_authority(&cluster, &key, NOW).unwrap();
+    let issued = SiteAuthority::read(&pem, &key).unwrap().certify(&cluster, NOW).unwrap();
+    let commented = format!("a comment\n{}\n\n{}", issued.certificate, made.certificate);
+    let chain = Chain::read(&commented, &issued.key).unwrap();
+    assert_eq!(chain.pem.certificate, issued.certificate.clone() + &made.certificate);
+    assert_eq!(chain.pem.key, issued.key);
+    assert!(chain.covers("netbox.test") && !chain.covers("test"));
+    let leaf = issued.certificate.replace(&pem, "");
+    let cases = [
+        (format!("{pem}{leaf}"), issued.key.clone(), "number 1 is not of the CA"),
+        (format!("{leaf}{}", made.certificate), issued.key.clone(), "number 1 is not of the CA"),
+        (issued.certificate.clone(), made.key.clone(), "not that of the first certificate"),
+        (issued.certificate.clone(), String::new(), "no private key"),
+        (String::new(), issued.key.clone(), "no certificate"),
+        ("x".repeat(20 << 10), issued.key.clone(), "more than 16 KiB"),
+    ];
+    for (chain, key, why) in cases {
+        let error = Chain::read(&chain, &key).err().unwrap();
+        assert!(error.to_string().contains(why), "{error:#}");
+    }
+}
+
+#[test]
+fn an_old_authority_certifies_no_other() {
+    let mut old = Authority::make("lab", NOW).unwrap().0;
+    old.certificate.depth = Some(0);
+    let key = make_site_key().unwrap();
+    let error = old.certify_site_authority(&make_cluster(), &key, NOW).err().unwrap();
+    assert!(error.is::<UserError>(), "{error:#}");
+}

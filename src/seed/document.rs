@@ -30,6 +30,29 @@ pub struct Seed {
     pub certificate: String,
     /// The certificate's key, PKCS #8 in PEM.
     pub key: String,
+    /// What edges show users; only theirs have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub site: Option<Site>,
+}
+
+/// Where the certificate comes from that users see.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Site {
+    /// The certificate of the site CA, PEM; its key is the secret `site_key`. There is none
+    /// when the CA can certify none, and the operator brings a certificate.
+    pub authority: Option<String>,
+    pub brought: Option<Brought>,
+}
+
+/// A certificate for users that the operator brings.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Brought {
+    /// PEM, the site's own certificate first.
+    pub chain: String,
+    /// PEM.
+    pub key: String,
 }
 
 impl Seed {

@@ -47,7 +47,7 @@ fn make_directory(cluster: &str) -> ClusterDir {
 /// The seed of the node `n1` in a cluster, and its directory.
 fn make_seed(name: &str) -> (Vec<u8>, Cluster, ClusterDir) {
     let (cluster, directory) = (make_cluster(name), make_directory(name));
-    let seed = issue_seed(&cluster, &cluster.nodes[0], &directory, NOW).unwrap();
+    let seed = issue_seed(&cluster, &cluster.nodes[0], &directory, None, NOW).unwrap();
     (seed, cluster, directory)
 }
 
@@ -86,7 +86,7 @@ fn a_seed_is_accepted_by_its_node_and_again_after_it() {
     let seed = accept(&bytes);
     assert_eq!((seed.node.as_str(), seed.issued, &seed.cluster), ("n1", NOW, &cluster));
     let identity = Identity::of(&seed).unwrap();
-    let renewed = issue_seed(&cluster, &cluster.nodes[0], &directory, NOW + YEAR).unwrap();
+    let renewed = issue_seed(&cluster, &cluster.nodes[0], &directory, None, NOW + YEAR).unwrap();
     assert_ne!(renewed, bytes);
     for bytes in [&bytes, &renewed] {
         let verdict = verify_seed(Some(bytes), NOW + YEAR, Some(&identity));
@@ -95,7 +95,7 @@ fn a_seed_is_accepted_by_its_node_and_again_after_it() {
     // A cluster that has grown.
     let mut grown = cluster.clone();
     grown.nodes[3].name = "n5".into();
-    let bytes = issue_seed(&grown, &grown.nodes[0], &directory, NOW).unwrap();
+    let bytes = issue_seed(&grown, &grown.nodes[0], &directory, None, NOW).unwrap();
     assert!(matches!(verify_seed(Some(&bytes), NOW, Some(&identity)), Verdict::Accepted(_)));
 }
 
@@ -113,7 +113,7 @@ fn each_refusal_has_its_verdict() {
             verdict => panic!("{verdict}"),
         }
     }
-    let second = issue_seed(&cluster, &cluster.nodes[1], &directory, NOW).unwrap();
+    let second = issue_seed(&cluster, &cluster.nodes[1], &directory, None, NOW).unwrap();
     let verdict = verify_seed(Some(&second), NOW, Some(&identity));
     assert_eq!(
         verdict.to_string(),
@@ -170,7 +170,7 @@ fn what_does_not_fit_together_is_refused_though_it_is_signed() {
 #[test]
 fn a_node_gets_the_secrets_of_its_roles() {
     let (_, cluster, directory) = make_seed("lab");
-    let bytes = issue_seed(&cluster, &cluster.nodes[3], &directory, NOW).unwrap();
+    let bytes = issue_seed(&cluster, &cluster.nodes[3], &directory, None, NOW).unwrap();
     let seed = accept(&bytes);
     assert_eq!(seed.secrets.keys().collect::<Vec<_>>(), ["fingerprint", "redis", "sentinel"]);
     let text = String::from_utf8(bytes).unwrap();
@@ -224,11 +224,11 @@ fn a_seed_that_its_node_would_refuse_is_not_written() {
     let (cluster, mut directory) = (make_cluster("lab"), make_directory("lab"));
     let mut bad = cluster.clone();
     bad.ntp = vec!["no server".into()];
-    issue_seed(&bad, &bad.nodes[0], &directory, NOW).unwrap_err();
+    issue_seed(&bad, &bad.nodes[0], &directory, None, NOW).unwrap_err();
     let elsewhere = make_cluster("other");
-    issue_seed(&elsewhere, &elsewhere.nodes[0], &directory, NOW).unwrap_err();
+    issue_seed(&elsewhere, &elsewhere.nodes[0], &directory, None, NOW).unwrap_err();
     directory.secrets = BTreeMap::new();
-    issue_seed(&cluster, &cluster.nodes[0], &directory, NOW).unwrap_err();
+    issue_seed(&cluster, &cluster.nodes[0], &directory, None, NOW).unwrap_err();
 }
 
 #[test]
@@ -249,7 +249,7 @@ fn the_largest_cluster_has_seeds() {
         region: "eu".into(),
     });
     let directory = make_directory(&cluster.name);
-    let bytes = issue_seed(&cluster, &cluster.nodes[0], &directory, NOW).unwrap();
+    let bytes = issue_seed(&cluster, &cluster.nodes[0], &directory, None, NOW).unwrap();
     assert_eq!(accept(&bytes).cluster, cluster);
 }
 

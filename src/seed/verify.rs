@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use super::MAX_BYTES;
 use super::document::{Envelope, FORMAT, Seed};
-use crate::config::cluster::check_rules;
-use crate::pki::Certificate;
-use crate::secrets::list_needed;
+use crate::config::cluster::{Role, check_rules};
+use crate::pki::{Certificate, SiteAuthority};
+use crate::secrets::{SITE_KEY, Secret, list_needed};
 
 /// Who a node became with the first seed that it accepted; kept on `/var`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -158,6 +158,7 @@ fn check_certificates(seed: &Seed, ca: &Certificate, now: u64) -> Result<(), Ver
     if own.name != seed.node || !is_organized {
         return refuse("its certificate names another node or cluster");
     }
+    check_site(seed, ca)?;
     let address = seed.entry().map(|node| std::net::IpAddr::from(node.address));
     if !address.is_some_and(|address| own.addresses.contains(&address)) {
         return refuse("its certificate is for another address");
@@ -174,6 +175,21 @@ fn check_certificates(seed: &Seed, ca: &Certificate, now: u64) -> Result<(), Ver
         }
     }
     Ok(())
+}
+
+/// An edge has what it makes the certificate for users with. What the operator brought is
+/// no reason to refuse a node: it is looked at where it is used.
+fn check_site(seed: &Seed, ca: &Certificate) -> Result<(), Verdict> {
+    if !seed.entry().is_some_and(|node| node.has(Role::Edge)) {
+        return Ok(());
+    }
+    let Some(site) = &seed.site else { return refuse("it lacks the site CA's certificate") };
+    let Some(authority) = &site.authority else { return Ok(()) };
+    let key = seed.secrets.get(SITE_KEY).map(Secret::reveal).unwrap_or_default();
+    match SiteAuthority::read(authority, key) {
+        Ok(site) if ca.has_issued(site.certificate()) => Ok(()),
+        _ => refuse("its site CA is not the CA's, or has another key"),
+    }
 }
 
 impl Identity {

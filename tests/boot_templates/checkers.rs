@@ -91,7 +91,10 @@ impl Node {
         let certificate = CertificateParams::new(names).unwrap().self_signed(&key).unwrap();
         let both = certificate.pem() + &key.serialize_pem();
         write(Path::new("/seed/stanchion/tls/haproxy/ca.pem"), certificate.pem().as_bytes(), 0o644);
-        write(Path::new("/seed/stanchion/tls/haproxy/both.pem"), both.as_bytes(), 0o600);
+        for name in ["both.pem", "site.pem"] {
+            let path = format!("/seed/stanchion/tls/haproxy/{name}");
+            write(Path::new(&path), both.as_bytes(), 0o600);
+        }
         write(Path::new("/seed/stanchion-vrrp/interface.conf"), b"$INTERFACE=lo\n", 0o644);
         for name in ["upper", "work", "merged"] {
             fs::create_dir(folder.path().join(name)).unwrap();

@@ -1,3 +1,4 @@
+use crate::certificate::write_certificate;
 use crate::project::Project;
 use crate::{HEAD, make_project, node, three};
 
@@ -25,6 +26,7 @@ fn a_new_file_is_good_as_it_is() {
         })
         .collect();
     assert_ne!(all, written);
+    write_certificate(&project, "site", &["netbox.example.org"], (-1, 90));
     for text in [&written, &all] {
         let shown = check(&project, text);
         assert!(shown.contains("3 nodes"), "{shown}");

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use crate::certificate::write_certificate;
 use crate::project::Project;
 use crate::{make_project, node};
 
@@ -34,8 +35,12 @@ fn list_keys(project: &Project, text: &str) -> Vec<String> {
 fn every_key_is_documented_and_every_documented_key_exists() {
     let project = make_project();
     let mut known: BTreeSet<String> = list_keys(&project, UNKNOWN).into_iter().collect();
-    for (table, header) in [("node", "[[node]]"), ("storage", "[storage]"), ("tuning", "[tuning]")]
-    {
+    for (table, header) in [
+        ("node", "[[node]]"),
+        ("storage", "[storage]"),
+        ("certificate", "[certificate]"),
+        ("tuning", "[tuning]"),
+    ] {
         assert!(known.contains(table));
         let keys = list_keys(&project, &format!("{header}\n{UNKNOWN}"));
         known.extend(keys.iter().map(|key| format!("{table}.{key}")));
@@ -47,6 +52,7 @@ fn every_key_is_documented_and_every_documented_key_exists() {
 #[test]
 fn every_key_has_an_example_that_uses_it_and_is_accepted() {
     let project = make_project();
+    write_certificate(&project, "site", &["lab.test"], (-1, 90));
     for (key, example) in read_page() {
         let table: toml::Table = example.parse().unwrap();
         let mut value = &toml::Value::Table(table.clone());

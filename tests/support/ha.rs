@@ -56,6 +56,15 @@ impl Ha {
     /// A lab whose nodes are not started yet. `None`, with a line that says why, where there
     /// can be none.
     pub fn create(name: &str, edit: impl FnOnce(&mut Cluster)) -> Option<Self> {
+        Self::create_by(name, edit, |_, _| {})
+    }
+
+    /// The same, with secrets and seeds of the test's own.
+    pub fn create_by(
+        name: &str,
+        edit: impl FnOnce(&mut Cluster),
+        arm: impl FnOnce(&Lab, &Cluster),
+    ) -> Option<Self> {
         if let Err(error) = check_host() {
             eprintln!("skipped: {error:#}");
             return None;
@@ -82,6 +91,7 @@ impl Ha {
                 _ => panic!("{error:?}"),
             },
         };
+        arm(&lab, &cluster);
         let read = |name: &str| fs::read(lab.secrets().join(name)).unwrap();
         let pems = ["ca.pem", "operator.pem", "operator.key"].map(read);
         let [ca, certificate, key] = pems.each_ref().map(|pem| std::str::from_utf8(pem).unwrap());
@@ -160,15 +170,20 @@ impl Ha {
         record.find_lost(&there)
     }
 
-    /// What a node's agent tells the operator.
-    pub fn get_status(&self, node: &str) -> Option<Value> {
-        let url = format!("https://{}:7443/status", self.lab.address(node).unwrap());
+    /// The answer of a node's HTTPS server to the operator: its status, and the text.
+    pub fn get(&self, node: &str, port: u16, path: &str) -> Option<(u16, String)> {
+        let url = format!("https://{}:{port}/{path}", self.lab.address(node).unwrap());
         let ask = async {
             let http = self.tls.make_http_client().ok()?;
             let answer = http.get(url).timeout(Duration::from_secs(3)).send().await.ok()?;
-            serde_json::from_slice(&answer.bytes().await.ok()?).ok()
+            Some((answer.status().as_u16(), answer.text().await.ok()?))
         };
         self.lab.enter_network(|| self.runtime.block_on(ask)).unwrap()
+    }
+
+    /// What a node's agent tells the operator.
+    pub fn get_status(&self, node: &str) -> Option<Value> {
+        serde_json::from_str(&self.get(node, 7443, "status")?.1).ok()
     }
 
     /// The nodes as they registered, from the first that answers.

@@ -113,6 +113,30 @@ impl Etcd {
         self.transact(json!([compare]), json!({"request_put": put})).await
     }
 
+    /// Write a key if its last change was at this revision (0: there is none), and a lock is
+    /// held: its key, and the lease that it is under.
+    pub async fn put_if(
+        &self,
+        key: &str,
+        value: &str,
+        mod_revision: i64,
+        holder: (&str, i64),
+    ) -> Result<Outcome> {
+        let (lock, lease) = holder;
+        let compare = json!([
+            {
+                "key": wire::encode(key), "target": "MOD", "result": "EQUAL",
+                "mod_revision": mod_revision.to_string()
+            },
+            {
+                "key": wire::encode(lock), "target": "LEASE", "result": "EQUAL",
+                "lease": lease.to_string()
+            }
+        ]);
+        let put = json!({"key": wire::encode(key), "value": wire::encode(value)});
+        self.transact(compare, json!({"request_put": put})).await
+    }
+
     /// Delete a key if its last change was at this revision, and each of the `unchanged` keys
     /// is as it was at its revision: 0 for one that does not exist.
     pub async fn delete_if(

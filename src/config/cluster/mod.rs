@@ -11,12 +11,13 @@ mod read;
 mod rules;
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 pub use super::role::Role;
 pub use network::Ipv4Network;
-pub use read::load_cluster;
+pub use read::{find_certificate, load_cluster};
 pub use rules::check_rules;
 
 /// All machines of one cluster, and what they have in common.
@@ -66,6 +67,18 @@ pub struct ObjectStorage {
     pub endpoint: String,
     pub bucket: String,
     pub region: String,
+}
+
+/// Where the certificate is that the operator brings for users. It is no part of the
+/// [`Cluster`]: nodes get what is in the files, not their names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CertificateFiles {
+    /// PEM; relative names are beside the cluster file.
+    pub chain: PathBuf,
+    pub key: PathBuf,
+    /// The cluster file, and the line that names the chain.
+    pub file: PathBuf,
+    pub line: usize,
 }
 
 /// How fast the cluster reacts.

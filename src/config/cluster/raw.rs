@@ -20,6 +20,7 @@ pub(super) struct RawCluster {
     #[serde(default)]
     pub node: Vec<RawNode>,
     pub storage: Option<RawStorage>,
+    pub certificate: Option<RawCertificate>,
     #[serde(default)]
     pub tuning: RawTuning,
 }
@@ -39,6 +40,13 @@ pub(super) struct RawStorage {
     pub endpoint: Text,
     pub bucket: Text,
     pub region: Text,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table with `chain` and `key`")]
+pub(super) struct RawCertificate {
+    pub chain: Text,
+    pub key: Text,
 }
 
 #[derive(Deserialize, Default)]

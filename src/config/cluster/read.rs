@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 
 use super::raw::{RawCluster, RawTuning};
 use super::rules::{Fault, Place, check_rules};
-use super::{Cluster, Node, ObjectStorage, Role, Tuning};
+use super::{CertificateFiles, Cluster, Node, ObjectStorage, Role, Tuning};
 use crate::config::Project;
 use crate::config::raw::Text;
 use crate::config::source::{Source, quote};
@@ -37,6 +37,21 @@ pub fn load_cluster(path: &Path, project: &Project) -> Result<Cluster> {
     let cluster = read_values(&source, raw, project)?;
     check_rules(&cluster).map_err(|fault| explain_fault(&source, &spans, fault))?;
     Ok(cluster)
+}
+
+/// The certificate that a cluster file brings for users: where its files are.
+///
+/// # Errors
+/// A [`UserError`] as of [`load_cluster`], of what does not hang on the project.
+pub fn find_certificate(path: &Path) -> Result<Option<CertificateFiles>> {
+    let source = Source::read(Path::new(""), path, "a cluster file")?;
+    let raw: RawCluster = source.parse()?;
+    Ok(raw.certificate.map(|raw| CertificateFiles {
+        chain: path.with_file_name(raw.chain.get_ref()),
+        key: path.with_file_name(raw.key.get_ref()),
+        file: path.to_path_buf(),
+        line: source.line(raw.chain.span().start),
+    }))
 }
 
 fn read_values(source: &Source, raw: RawCluster, project: &Project) -> Result<Cluster> {
