@@ -31,6 +31,7 @@ fn faults_that_are_no_death_of_the_leader_lose_nothing() {
     lose_one_way(&ha, &mut report, "output", "nobody hears the leader");
     freeze_the_leader(&ha, &mut report);
     kill_without_the_standbys_agent(&ha, &mut report);
+    pause(&ha);
     report.finish();
 }
 
@@ -244,6 +245,25 @@ fn kill_without_the_standbys_agent(ha: &Ha, report: &mut Report) {
     ha.run(&standby, &["systemctl", "start", "stanchion-agent"]);
     ha.lab.start(&leader).unwrap();
     watched.expect_other_leader(report, SCENARIO, back, 40.0);
+}
+
+/// A pause is told by every node, with how long it has lasted, and forgotten when it is over.
+fn pause(ha: &Ha) {
+    let leader = ha.wait_for("a leader", WHOLE, || ha.find_leader());
+    let tell = |verb| ha.run(&leader, &["patronictl", "-c", "/etc/patroni/config.yml", verb]);
+    let is_told = |page: &serde_json::Value| {
+        let reasons = page["reasons"].as_array().map(Vec::as_slice).unwrap_or_default();
+        reasons.iter().any(|reason| {
+            reason.as_str().unwrap_or("").starts_with("Patroni has been paused for 0 min")
+        })
+    };
+    tell("pause");
+    ha.wait_for("all tell the pause", WHOLE, || {
+        let pages: Vec<_> = ha.nodes().into_iter().filter_map(|n| ha.get_status(n)).collect();
+        (pages.len() == 3 && pages.iter().all(is_told)).then_some(())
+    });
+    tell("resume");
+    ha.wait_for("whole after the pause", WHOLE, || ha.is_whole().then_some(()));
 }
 
 /// Seconds until writes are back.

@@ -15,12 +15,9 @@ use crate::agent::server::{Page, RENEW, STATUS, ask_socket};
 use crate::agent::site::Renewal;
 use crate::agent::table::{Answer, make_table};
 use crate::error::{self, UserError};
-<<<<<<< HEAD
-=======
 
 /// For an answer that the agent has at hand.
 const PATIENCE: Duration = Duration::from_secs(5);
->>>>>>> verbs
 
 /// Make a node of this machine: find its seed, join the cluster, run its services.
 #[derive(Debug, Parser)]
@@ -79,13 +76,8 @@ pub fn run() -> ExitCode {
             (shown, json)
         }
         Verb::RenewCertificate { json, root } => {
-<<<<<<< HEAD
             let renewed = renew_certificate(&Places::under(root.root), json);
             (renewed.map(|()| ExitCode::SUCCESS), json)
-=======
-            let done = renew_certificate(&Places::under(root.root), json);
-            (done.map(|()| ExitCode::SUCCESS), json)
->>>>>>> verbs
         }
     };
     match done {
@@ -125,11 +117,7 @@ fn renew_certificate(places: &Places, json: bool) -> Result<()> {
 
 /// Of the others this node knows what they registered.
 fn show_cluster(places: &Places, json: bool) -> Result<ExitCode> {
-<<<<<<< HEAD
-    let page: Page = serde_json::from_value(ask_socket(places, STATUS, Duration::from_secs(5))?)
-=======
     let page: Page = serde_json::from_value(ask_socket(places, STATUS, PATIENCE)?)
->>>>>>> verbs
         .context("reading the agent's status")?;
     let (name, members) = (page.status.node.clone(), page.status.members.clone());
     if name.is_empty() {
