@@ -186,9 +186,7 @@ fn open_authority(path: &Path, cluster: &Cluster) -> Result<(Authority, String)>
     let ca = read_file(&path.join(CA), false)?;
     let key = read_file(&path.join(CA_KEY), true)?;
     let authority = Authority::read(&ca, &key).map_err(|error| {
-        UserError::new("the cluster's CA cannot be used")
-            .in_file(path)
-            .why(format!("{error:#}"))
+        UserError::new("the cluster's CA cannot be used").in_file(path).why(format!("{error:#}"))
     })?;
     let owner = &authority.certificate().organization;
     if *owner != cluster.name {

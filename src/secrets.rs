@@ -131,7 +131,10 @@ mod tests {
         let list = |roles: &[Role]| list_needed(roles).collect::<Vec<_>>().join(" ");
         assert_eq!(list(&[Role::Cache]), "redis sentinel fingerprint");
         assert_eq!(list(&[Role::Web]), "postgres_netbox redis fingerprint");
-        assert_eq!(list(&[Role::Edge]), "redis sentinel keepalived haproxy_stats fingerprint site_key site_seal");
+        assert_eq!(
+            list(&[Role::Edge]),
+            "redis sentinel keepalived haproxy_stats fingerprint site_key site_seal"
+        );
         assert!(list(&[Role::Db]).starts_with("postgres_superuser postgres_replication"));
         assert!(!list(&[Role::Db]).contains("redis"));
     }

@@ -68,10 +68,7 @@ async fn run_phases(places: Places) -> Result<()> {
     run_phase(&board, Phase::PreStart, &pre_start::FIND_SEED, &mut unknown).await;
     let seed = unknown.seed.context("no seed was accepted")?;
     let mut node = Node::new(places, board.clone(), seed)?;
-    let _ = known.set(server::Known {
-        registry: node.registry.clone(),
-        site: node.site.clone(),
-    });
+    let _ = known.set(server::Known { registry: node.registry.clone(), site: node.site.clone() });
     run_phase(&board, Phase::PreStart, &pre_start::STEPS, &mut node).await;
     run_phase(&board, Phase::Bootstrap, &bootstrap::STEPS, &mut node).await;
     run_phase(&board, Phase::Main, &main_phase::STEPS, &mut node).await;

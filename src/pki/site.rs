@@ -113,8 +113,7 @@ impl SiteAuthority {
     /// A server's certificate for the services' names, with a new key; valid for 90 days, or
     /// until the site CA's own end. The certificate is followed by the site CA's.
     pub fn certify(&self, cluster: &Cluster, now: u64) -> Result<Issued> {
-        let mut params =
-            make_params(&cluster.domain, &cluster.name, now, self.find_end(now))?;
+        let mut params = make_params(&cluster.domain, &cluster.name, now, self.find_end(now))?;
         params.use_authority_key_identifier_extension = true;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];

@@ -115,7 +115,8 @@ fn verify(ca: &str, chain: &str, name: &str) -> (Result<(), String>, Result<(), 
     let now = UnixTime::since_unix_epoch(Duration::from_secs(NOW + DAY));
     let server = WebPkiServerVerifier::builder_with_provider(roots.clone(), provider.clone());
     let name = ServerName::try_from(name.to_string()).unwrap();
-    let server = server.build().unwrap().verify_server_cert(&chain[0], &chain[1..], &name, &[], now);
+    let server =
+        server.build().unwrap().verify_server_cert(&chain[0], &chain[1..], &name, &[], now);
     let client = WebPkiClientVerifier::builder_with_provider(roots, provider).build().unwrap();
     let client = client.verify_client_cert(&chain[0], &chain[1..], now);
     (server.map(drop).map_err(|e| e.to_string()), client.map(drop).map_err(|e| e.to_string()))
@@ -142,11 +143,9 @@ fn the_site_ca_certifies_what_users_see_and_nothing_else() {
         client.unwrap_err();
     }
     // With the site CA's key one still cannot be a node, or anybody else.
-    for (vip, domain, asked) in [
-        (100, "n1", "n1"),
-        (100, "other.test", "other.test"),
-        (1, "netbox.test", "10.0.0.1"),
-    ] {
+    for (vip, domain, asked) in
+        [(100, "n1", "n1"), (100, "other.test", "other.test"), (1, "netbox.test", "10.0.0.1")]
+    {
         let other = Cluster {
             vip: Some(Ipv4Addr::new(10, 0, 0, vip)),
             domain: domain.into(),

@@ -70,6 +70,5 @@ fn read_file(
     }
     let mut bytes = Vec::new();
     file.take(limit as u64 + 1).read_to_end(&mut bytes).with_context(reading)?;
-    String::from_utf8(bytes)
-        .map_err(|_| UserError::new("the file is not PEM").in_file(path).into())
+    String::from_utf8(bytes).map_err(|_| UserError::new("the file is not PEM").in_file(path).into())
 }

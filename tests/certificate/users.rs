@@ -145,7 +145,9 @@ impl User {
             }
         };
         let asked = self.runtime.block_on(async { tokio::time::timeout(PATIENCE, ask).await });
-        asked.map_err(|_| "no answer in time".to_string())?.map_err(|error| format!("asking: {error}"))
+        asked
+            .map_err(|_| "no answer in time".to_string())?
+            .map_err(|error| format!("asking: {error}"))
     }
 }
 
@@ -154,9 +156,9 @@ fn read_answer(bytes: &[u8]) -> Option<u16> {
     let text = String::from_utf8_lossy(bytes);
     let (head, body) = text.split_once("\r\n\r\n")?;
     let header = |name: &str| {
-        head.lines().filter_map(|line| line.split_once(": ")).find(|(key, _)| {
-            key.eq_ignore_ascii_case(name)
-        })
+        head.lines()
+            .filter_map(|line| line.split_once(": "))
+            .find(|(key, _)| key.eq_ignore_ascii_case(name))
     };
     let length: usize = header("content-length")?.1.parse().ok()?;
     (body.len() >= length).then(|| head.get(9..12)?.parse().ok())?

@@ -98,8 +98,7 @@ fn only_edges_open_the_record_and_only_where_it_lies() {
     assert!(seal.open(&sealed).unwrap() == record);
     assert_ne!(seal.seal(&record).unwrap(), sealed);
     let elsewhere = Seal::new(&secret, "/stanchion/b/site/certificate").unwrap();
-    let other =
-        Seal::new(&Secret::make().unwrap(), "/stanchion/a/site/certificate").unwrap();
+    let other = Seal::new(&Secret::make().unwrap(), "/stanchion/a/site/certificate").unwrap();
     assert!(elsewhere.open(&sealed).is_err() && other.open(&sealed).is_err());
     for at in [2, 10, 30, sealed.len() - 6] {
         let mut changed = sealed.clone().into_bytes();
