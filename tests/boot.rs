@@ -1,6 +1,7 @@
 //! The `db` image boots under OVMF, keeps what must live, forgets the rest, and serves no
 //! byte of its root that is not the one that was built.
 
+#[allow(dead_code, reason = "labs use other images")]
 #[path = "support/image.rs"]
 mod image;
 #[path = "support/machine.rs"]

@@ -6,6 +6,8 @@ mod ha;
 #[allow(dead_code, reason = "other tests look into the image")]
 #[path = "support/image.rs"]
 mod image;
+#[path = "ha/services.rs"]
+mod services;
 
 use std::time::{Duration, Instant};
 
@@ -87,6 +89,7 @@ fn a_cluster_forms_itself_and_survives_what_happens_to_its_nodes() {
     drop(ledger);
     eprintln!("whole after {:.1} s", ha.wait_until_whole().as_secs_f64() + first);
 
+    services::look_at_services(&ha);
     kill_the_busiest_node(&ha, &mut report);
     cut_the_leader_off(&ha, &mut report);
     switch_over(&ha, &mut report);

@@ -5,5 +5,6 @@ mod image {
     pub mod disk;
     pub mod root;
 }
+#[allow(dead_code, reason = "labs use other images")]
 #[path = "support/image.rs"]
 mod support;

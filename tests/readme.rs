@@ -50,9 +50,14 @@ fn every_command_of_the_readme_runs() {
         let output = Command::new(env!("CARGO_BIN_EXE_stanchion"))
             .args(args.split(' '))
             .current_dir(&project)
+            .env("XDG_STATE_HOME", project.join("state"))
             .output()
             .unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
+        if said.contains("a lab needs root") || said.contains("this machine cannot") {
+            println!("skipped `{command}`: {}", said.lines().next().unwrap_or_default());
+            continue;
+        }
         if said.contains("no Debian mirror") || said.contains("the sandbox cannot") {
             println!("skipped `{command}`: {}", said.lines().next().unwrap_or_default());
             return;

@@ -1,11 +1,11 @@
 use std::io::Write;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
 use super::{Context, FetchArgs};
-use crate::config::cluster::Ipv4Network;
+use crate::config::cluster::{Cluster, Ipv4Network};
 use crate::config::profile::Profile;
 use crate::config::{Format, Project};
 use crate::error::UserError;
@@ -17,6 +17,7 @@ use crate::tools::set;
 /// Of every lab: no two can meet.
 const NETWORK: &str = "10.88.0.0/24";
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
+const READY_LIMIT: Duration = Duration::from_secs(180);
 
 /// Run a throw-away cluster of built images on this machine, and break it
 #[derive(Debug, clap::Args)]
@@ -48,7 +49,7 @@ struct NodeArgs {
 #[derive(Debug, clap::Subcommand)]
 enum Verb {
     /// Build what is missing, and start the nodes
-    #[command(after_help = "Example: sudo stanchion lab up --nodes 3 --profile db")]
+    #[command(after_help = "Example: sudo stanchion lab up --nodes 3 --profile node")]
     Up(Up),
     /// Show how the nodes are
     #[command(after_help = "Example: sudo stanchion lab status")]
@@ -116,7 +117,7 @@ struct Up {
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=9))]
     nodes: u8,
     /// Profile that the nodes boot
-    #[arg(long, value_name = "PROFILE", default_value = "db")]
+    #[arg(long, value_name = "PROFILE", default_value = "node")]
     profile: String,
     /// Where the images are
     #[arg(long, value_name = "DIR", default_value = "out")]
@@ -194,11 +195,15 @@ fn up(context: &Context, places: &Places, args: Up) -> Result<()> {
     }
     let lab = Lab::create(places, &spec)?;
     start_all(context, &lab)?;
+    if let Some(cluster) = lab.cluster() {
+        wait_until_ready(context, &lab)?;
+        show_services(context, &lab, cluster);
+    }
     show_status(context, &lab)?;
     if !context.json {
         let option = if name == "lab" { String::new() } else { format!(" --name {name}") };
         context.progress.note(&format!(
-            "next: stanchion lab exec{option} n1 -- systemctl status, stanchion lab down{option}"
+            "next: stanchion lab exec{option} n1 -- stanchion-agent status, stanchion lab kill{option} n1, stanchion lab down{option}"
         ));
     }
     Ok(())
@@ -232,6 +237,48 @@ fn start_all(context: &Context, lab: &Lab) -> Result<()> {
         step.finish(state);
     }
     Ok(())
+}
+
+/// Wait until every node says that it is ready, and show meanwhile what each is at.
+fn wait_until_ready(context: &Context, lab: &Lab) -> Result<()> {
+    let step = context.progress.begin("cluster");
+    let began = Instant::now();
+    loop {
+        let mut waits = Vec::new();
+        for node in lab.list_nodes() {
+            match lab.ask_agent(node)? {
+                Some(page) if page.status.ready => {}
+                Some(page) => {
+                    let reason = page.status.reasons.first().cloned().unwrap_or_default();
+                    waits.push(format!("{node} ({}): {reason}", page.status.phase.name()));
+                }
+                None => waits.push(format!("{node}: the agent does not answer yet")),
+            }
+        }
+        if waits.is_empty() {
+            step.finish("ready");
+            return Ok(());
+        }
+        if began.elapsed() > READY_LIMIT {
+            let seconds = READY_LIMIT.as_secs();
+            return Err(UserError::new(format!("the cluster is not ready after {seconds} s"))
+                .why(waits.join("; "))
+                .help("the lab is still up: look at `stanchion lab exec NODE -- stanchion-agent status` and `stanchion lab logs NODE`")
+                .into());
+        }
+        step.update(&waits.join("; "));
+        std::thread::sleep(Duration::from_millis(300));
+    }
+}
+
+/// Where clients of this machine find the cluster.
+fn show_services(context: &Context, lab: &Lab, cluster: &Cluster) {
+    let Some(vip) = cluster.vip else { return };
+    context.progress.note(&format!(
+        "VIP {vip}: PostgreSQL 5433 (leader), 5434 (replicas), 5435 (all); Redis 6379; names 53; web 443\n\
+         passwords, CA and the operator's certificate: {}",
+        lab.secrets().display()
+    ));
 }
 
 fn show_status(context: &Context, lab: &Lab) -> Result<()> {

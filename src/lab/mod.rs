@@ -27,6 +27,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use rustix::fs::MemfdFlags;
 use serde::Serialize;
 
+use crate::agent::server::Page;
 use crate::cluster_dir::ClusterDir;
 use crate::command::Command;
 use crate::config::cluster::{Cluster, Ipv4Network};
@@ -47,6 +48,8 @@ use state::{Folder, NodeFolder, NodeState, State};
 const KILL_LIMIT: Duration = Duration::from_secs(20);
 /// Until a node that was asked to power off is gone.
 const STOP_LIMIT: Duration = Duration::from_secs(90);
+/// Until an agent answers.
+const ASK_LIMIT: Duration = Duration::from_secs(5);
 /// Bytes kept of what a command writes.
 const LONGEST_OUTPUT: u64 = 16 << 20;
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin";
@@ -417,6 +420,12 @@ impl Lab {
         let namespace = network::open(&self.folder.pin())?;
         // SAFETY: setns is async-signal-safe.
         unsafe { command.before_exec(move || network::join(&namespace)) }.spawn()
+    }
+
+    /// What a node's agent says of itself; nothing while it does not answer.
+    pub fn ask_agent(&self, node: &str) -> Result<Option<Page>> {
+        let ran = self.exec(node, &["stanchion-agent", "status", "--json"], ASK_LIMIT)?;
+        Ok(serde_json::from_slice(&ran.stdout).ok())
     }
 
     /// Wait until a node's systemd has started what it starts, and give back what it says:

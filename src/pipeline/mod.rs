@@ -121,7 +121,10 @@ fn build_sound(
     let (lock, unlocked) =
         locking::prepare_lock(project, &source, profiles, options.locked).map_err(explain_full)?;
     failures.extend(unlocked);
-    let Some(lock) = lock else { return Ok(BTreeMap::new()) };
+    let is_left = |profile: &Profile| !failures.contains_key(&profile.name);
+    let Some(lock) = lock.filter(|_| profiles.iter().any(is_left)) else {
+        return Ok(BTreeMap::new());
+    };
     let tools = provide_tools(&source, &lock, tools::set::BUILD).map_err(explain_full)?;
     let shared = progress.step_times();
     let builder = Builder {

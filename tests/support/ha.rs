@@ -153,15 +153,20 @@ impl Ha {
         record.find_lost(&there)
     }
 
-    /// What a node's agent tells the operator.
-    pub fn get_status(&self, node: &str) -> Option<Value> {
-        let url = format!("https://{}:7443/status", self.lab.address(node).unwrap());
+    /// The answer of a node's HTTPS server to the operator: its status, and the text.
+    pub fn get(&self, node: &str, port: u16, path: &str) -> Option<(u16, String)> {
+        let url = format!("https://{}:{port}/{path}", self.lab.address(node).unwrap());
         let ask = async {
             let http = self.tls.make_http_client().ok()?;
             let answer = http.get(url).timeout(Duration::from_secs(3)).send().await.ok()?;
-            serde_json::from_slice(&answer.bytes().await.ok()?).ok()
+            Some((answer.status().as_u16(), answer.text().await.ok()?))
         };
         self.lab.enter_network(|| self.runtime.block_on(ask)).unwrap()
+    }
+
+    /// What a node's agent tells the operator.
+    pub fn get_status(&self, node: &str) -> Option<Value> {
+        serde_json::from_str(&self.get(node, 7443, "status")?.1).ok()
     }
 
     /// The nodes as they registered, from the first that answers.
