@@ -14,7 +14,7 @@ use crate::error::UserError;
 use crate::files::{
     Existing, is_occupied, name_beside, rename_without_replacing, sync_parent, write_beside,
 };
-use crate::pki::{Authority, Issued};
+use crate::pki::{Authority, Certificate, Issued};
 use crate::secrets::{FIRST, SECRETS, Secret, make_secret, make_secrets};
 
 const CA: &str = "ca.pem";
@@ -151,6 +151,50 @@ fn refuse_second(path: &Path) -> UserError {
     UserError::new(format!("{} exists already", path.display()))
         .why("a second set of keys and secrets would lock the cluster out of its own data")
         .help("go on with `stanchion seed`, which uses it; for another cluster name another directory with --dir")
+}
+
+/// What the operator speaks to the nodes with.
+pub struct Operator {
+    /// The CA's certificate, PEM.
+    pub ca: String,
+    /// PEM.
+    pub certificate: String,
+    /// PEM.
+    pub key: String,
+}
+
+impl Operator {
+    /// Read it from a cluster directory, or from a copy of these three files of one.
+    ///
+    /// # Errors
+    /// A [`UserError`] when it is not there, is another cluster's, or can be read by others.
+    pub fn read(path: &Path, cluster: &Cluster) -> Result<Self> {
+        if !path.is_dir() {
+            let what = format!("there is no operator's certificate for `{}`", cluster.name);
+            return Err(UserError::new(what)
+                .why(format!("there is no directory {}", path.display()))
+                .help("name the cluster's directory with --dir; `stanchion cluster init` makes it")
+                .into());
+        }
+        let ca = read_file(&path.join(CA), false)?;
+        let certificate = read_file(&path.join(OPERATOR), false)?;
+        let key = read_file(&path.join(OPERATOR_KEY), true)?;
+        for (name, pem) in [(CA, &ca), (OPERATOR, &certificate)] {
+            let read = Certificate::read(pem).map_err(|_| {
+                UserError::new("the operator's certificate cannot be used")
+                    .in_file(path.join(name))
+                    .why("it is no certificate in PEM")
+                    .help("bring it back from a copy")
+            })?;
+            if read.organization != cluster.name {
+                let what = format!("{} belongs to another cluster", path.display());
+                let owner = read.organization;
+                let why = format!("it is that of `{owner}`, and the file says `{}`", cluster.name);
+                return Err(UserError::new(what).why(why).into());
+            }
+        }
+        Ok(Operator { ca, certificate, key })
+    }
 }
 
 fn write_secrets(cluster: &Cluster, secrets: &BTreeMap<String, Secret>) -> Result<String> {

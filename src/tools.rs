@@ -89,6 +89,7 @@ pub fn list_requests() -> Vec<SetRequest> {
                 "gpgv",
                 "mtools",
                 "systemd-ukify",
+                "xorriso",
             ],
         ),
         (set::LAB, &["systemd-container"]),

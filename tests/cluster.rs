@@ -13,6 +13,8 @@ mod mistakes;
 #[path = "support/project.rs"]
 #[allow(dead_code, reason = "other tests build images with it")]
 mod project;
+#[path = "cluster/status.rs"]
+mod status;
 
 use crate::project::Project;
 

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::cluster::Node;
+
 /// The problem of a clock that is not right.
 pub const CLOCK: &str = "clock";
 
@@ -60,6 +62,9 @@ pub struct Status {
     pub version: String,
     pub node: String,
     pub cluster: String,
+    /// The nodes of the cluster file, as the seed has it.
+    #[serde(default)]
+    pub members: Vec<Node>,
     pub phase: Phase,
     pub steps: Vec<StepRecord>,
     /// What is not as it should be, by the thing concerned; in words, with what helps. A

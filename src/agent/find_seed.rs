@@ -1,21 +1,18 @@
-//! Where a node looks for its seed: systemd's credentials, then small FAT volumes.
+//! Where a node looks for its seed: systemd's credentials, then small volumes.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use rustix::io::Errno;
 
 use super::files::read_bounded;
 use super::places::Places;
-use crate::disk::fat_read::Volume;
-use crate::disk::region::Region;
-use crate::seed::{FILE_NAME, MAX_BYTES};
+use crate::seed::{MAX_BYTES, volume};
 
 /// Bytes that a seed may have.
 const MAX_SEED: u64 = MAX_BYTES as u64;
-/// Bytes that the table of a volume may have; one for seeds is small.
-const MAX_VOLUME: u64 = 8 << 30;
 
 /// A seed's bytes and where they were found, in words.
 pub struct Found {
@@ -23,27 +20,24 @@ pub struct Found {
     pub place: String,
 }
 
-/// Look at every place, in order; what is broken is told and the next one is looked at.
-pub fn find_seed(places: &Places) -> (Option<Found>, Vec<String>) {
-    let mut broken = Vec::new();
+/// Look at every place: the seeds, in the order in which they count, and what is broken.
+pub fn find_seeds(places: &Places) -> (Vec<Found>, Vec<String>) {
+    let (mut found, mut broken) = (Vec::new(), Vec::new());
     let looks: [(String, Look); 3] = [
         ("the credential stanchion.seed".to_string(), read_credential),
         ("the volume STANCHION".to_string(), |places| {
-            read_volume(&places.volume("STANCHION"), &[FILE_NAME])
+            read_volume(&places.volume("STANCHION"), "STANCHION")
         }),
-        ("the volume CIDATA".to_string(), |places| {
-            let volume = find_cidata(places);
-            read_volume(&volume, &[FILE_NAME, "user-data"])
-        }),
+        ("the volume CIDATA".to_string(), |places| read_volume(&find_cidata(places), "CIDATA")),
     ];
     for (place, look) in looks {
         match look(places) {
-            Ok(Some(bytes)) => return (Some(Found { bytes, place }), broken),
+            Ok(Some(bytes)) => found.push(Found { bytes, place }),
             Ok(None) => {}
             Err(error) => broken.push(format!("{place}: {error:#}")),
         }
     }
-    (None, broken)
+    (found, broken)
 }
 
 type Look = fn(&Places) -> Result<Option<Vec<u8>>>;
@@ -61,23 +55,20 @@ fn find_cidata(places: &Places) -> std::path::PathBuf {
     if small.exists() { small } else { places.volume("CIDATA") }
 }
 
-/// The first of `names` on a FAT volume, read without mounting it.
-fn read_volume(device: &Path, names: &[&str]) -> Result<Option<Vec<u8>>> {
-    let mut file = match File::open(device) {
+/// The seed on a volume, read without mounting it.
+fn read_volume(device: &Path, label: &str) -> Result<Option<Vec<u8>>> {
+    let file = match File::open(device) {
         Ok(file) => file,
+        // A drive without a disk in it.
+        Err(error) if error.raw_os_error() == Some(Errno::NOMEDIUM.raw_os_error()) => {
+            return Ok(None);
+        }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error).context("opening it"),
     };
-    // The length of a block device is where it ends, not what its inode says.
-    let length = file.seek(SeekFrom::End(0)).context("asking for its length")?.min(MAX_VOLUME);
-    file.rewind()?;
-    let volume = Volume::open(Region::new(&file, 0, length))?;
-    for name in names {
-        let Some(entry) = volume.find(name)?.filter(|entry| !entry.is_folder) else { continue };
-        anyhow::ensure!(entry.size <= MAX_SEED, "{name} has more than {MAX_SEED} bytes");
-        return volume.read(&entry, 0..entry.size).map(Some);
-    }
-    anyhow::bail!("it holds none of {}", names.join(", "))
+    let names = volume::find_names(label).unwrap_or_default();
+    let read = volume::Volume::open(&file)?.read_first(names)?;
+    read.map(Some).with_context(|| format!("it holds none of {}", names.join(", ")))
 }
 
 /// The machine's memory in MiB.

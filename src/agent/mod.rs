@@ -5,6 +5,7 @@
 //! etcd's, Patroni's, Sentinel's and keepalived's.
 
 pub mod apply;
+pub mod ask;
 pub mod board;
 pub mod bootstrap;
 pub mod cache_start;
@@ -30,6 +31,7 @@ pub mod runner;
 pub mod server;
 pub mod site;
 pub mod systemd;
+pub mod table;
 pub mod tls;
 pub mod watch_leader;
 

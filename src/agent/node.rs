@@ -65,6 +65,7 @@ impl Node {
             let mut status = board.lock();
             status.node = seed.node.clone();
             status.cluster = seed.cluster.name.clone();
+            status.members = seed.cluster.nodes.clone();
         }
         let etcd = Etcd::new(http.clone(), endpoints);
         let registry = Registry::new(&seed.cluster.name);

@@ -9,7 +9,7 @@ use tokio::net::TcpStream;
 use super::board::{Board, CLOCK as CLOCK_PROBLEM, log};
 use super::checks;
 use super::files::{Access, make_private_folder, read_bounded, write_file};
-use super::find_seed::find_seed;
+use super::find_seed::find_seeds;
 use super::node::Node;
 use super::places::Places;
 use super::runner::{Retry, Step, Verdict, back_off};
@@ -134,22 +134,30 @@ fn accept_seed(unknown: &mut Unknown) -> Result<Verdict> {
             format!("reading {}, which says who this node is", places.identity().display())
         })?),
     };
-    let (found, broken) = find_seed(places);
+    let (found, broken) = find_seeds(places);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let bytes = found.as_ref().map(|found| found.bytes.as_slice());
-    let verdict = verify_seed(bytes, now, remembered.as_ref());
-    let crate::seed::Verdict::Accepted(seed) = verdict else {
-        let mut text = match &found {
-            Some(found) => format!("{verdict} (from {})", found.place),
-            None => format!(
-                "{verdict}: attach a volume labelled STANCHION made by `stanchion seed`, or give \
-                 the machine the credential stanchion.seed"
-            ),
-        };
-        for broken in broken {
-            text += &format!("; {broken}");
+    let mut refusals = Vec::new();
+    let mut accepted = None;
+    // A wrong seed in one place does not hide the right one in another.
+    for found in &found {
+        match verify_seed(Some(&found.bytes), now, remembered.as_ref()) {
+            crate::seed::Verdict::Accepted(seed) => {
+                accepted = Some((seed, &found.place));
+                break;
+            }
+            refused => refusals.push(format!("{refused} (from {})", found.place)),
         }
-        return Ok(Verdict::Wait(text));
+    }
+    let Some((seed, place)) = accepted else {
+        if refusals.is_empty() {
+            refusals.push(format!(
+                "{}: attach a volume labelled STANCHION made by `stanchion seed`, or give the \
+                 machine the credential stanchion.seed",
+                crate::seed::Verdict::Missing
+            ));
+        }
+        refusals.extend(broken);
+        return Ok(Verdict::Wait(refusals.join("; ")));
     };
     if remembered.is_none() {
         let identity = Identity::of(&seed).context("reading the seed's CA")?;
@@ -157,9 +165,10 @@ fn accept_seed(unknown: &mut Unknown) -> Result<Verdict> {
         let text = serde_json::to_vec(&identity).context("writing down who this node is")?;
         write_file(&places.identity(), &text, Access::PRIVATE, true)?;
     }
-    if let Some(found) = found {
-        log(&format!("seed: {} of cluster {}, from {}", seed.node, seed.cluster.name, found.place));
+    for refusal in refusals.iter().chain(&broken) {
+        log(&format!("seed: passed over: {refusal}"));
     }
+    log(&format!("seed: {} of cluster {}, from {place}", seed.node, seed.cluster.name));
     if seed.cluster.is_single() {
         log("THIS IS A CLUSTER OF ONE NODE, FOR DEVELOPMENT: NOT HIGHLY AVAILABLE");
     }

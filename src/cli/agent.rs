@@ -8,11 +8,13 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
 use super::report;
-use crate::agent::board::show;
+use super::status::print_table;
+use crate::agent::board::{StepOutcome, show};
 use crate::agent::places::Places;
 use crate::agent::server::{Page, RENEW, STATUS, ask_socket};
 use crate::agent::site::Renewal;
-use crate::error;
+use crate::agent::table::{Answer, make_table};
+use crate::error::{self, UserError};
 
 /// Make a node of this machine: find its seed, join the cluster, run its services.
 #[derive(Debug, Parser)]
@@ -28,6 +30,9 @@ enum Verb {
     Run(Root),
     /// Show phase, steps and failed checks of this machine's agent
     Status {
+        /// Show the whole cluster as this node sees it; exit code 3 when a node is not ready
+        #[arg(long)]
+        cluster: bool,
         /// Write JSON
         #[arg(long)]
         json: bool,
@@ -55,14 +60,25 @@ struct Root {
 pub fn run() -> ExitCode {
     let agent = Agent::parse();
     let (done, json) = match agent.verb {
-        Verb::Run(root) => (crate::agent::run(Places::under(root.root)), false),
-        Verb::Status { json, root } => (show_status(&Places::under(root.root), json), json),
+        Verb::Run(root) => {
+            let ran = crate::agent::run(Places::under(root.root));
+            (ran.map(|()| ExitCode::SUCCESS), false)
+        }
+        Verb::Status { cluster, json, root } => {
+            let places = Places::under(root.root);
+            let shown = match cluster {
+                true => show_cluster(&places, json),
+                false => show_status(&places, json).map(|()| ExitCode::SUCCESS),
+            };
+            (shown, json)
+        }
         Verb::RenewCertificate { json, root } => {
-            (renew_certificate(&Places::under(root.root), json), json)
+            let renewed = renew_certificate(&Places::under(root.root), json);
+            (renewed.map(|()| ExitCode::SUCCESS), json)
         }
     };
     match done {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             report(&error, json);
             ExitCode::from(error::exit_code(&error))
@@ -94,4 +110,28 @@ fn renew_certificate(places: &Places, json: bool) -> Result<()> {
         renewal.fingerprint
     ));
     Ok(())
+}
+
+/// Of the others this node knows what they registered.
+fn show_cluster(places: &Places, json: bool) -> Result<ExitCode> {
+    let page: Page = serde_json::from_value(ask_socket(places, STATUS, Duration::from_secs(5))?)
+        .context("reading the agent's status")?;
+    let (name, members) = (page.status.node.clone(), page.status.members.clone());
+    if name.is_empty() {
+        return Err(UserError::new("this machine is in no cluster yet")
+            .why(find_wait(&page).unwrap_or("it is starting"))
+            .help("see `stanchion-agent status`")
+            .into());
+    }
+    let cluster = page.status.cluster.clone();
+    let answers = [(name, Answer::Page(Box::new(page)))].into();
+    Ok(print_table(&make_table(&cluster, &members, &answers), json))
+}
+
+/// What the node waits for.
+fn find_wait(page: &Page) -> Option<&str> {
+    page.status.steps.iter().rev().find_map(|step| match &step.outcome {
+        StepOutcome::Waiting(reason) => Some(reason.as_str()),
+        _ => None,
+    })
 }

@@ -9,6 +9,7 @@ mod lab;
 mod lock;
 mod profile;
 mod seed;
+mod status;
 mod store;
 
 use std::ffi::OsStr;
@@ -53,6 +54,7 @@ enum Verb {
     Profile(profile::Args),
     Cluster(cluster::Args),
     Seed(seed::Args),
+    Status(status::Args),
     Doctor(doctor::Args),
     Lab(lab::Args),
     Store(store::Args),
@@ -109,6 +111,10 @@ pub fn run() -> ExitCode {
         Verb::Profile(args) => profile::run(&context, args),
         Verb::Cluster(args) => cluster::run(&context, args),
         Verb::Seed(args) => seed::run(&context, args),
+        Verb::Status(args) => match status::run(&context, args) {
+            Ok(code) => return code,
+            Err(error) => Err(error),
+        },
         Verb::Doctor(args) => doctor::run(&context, args),
         Verb::Lab(args) => lab::run(&context, args),
         Verb::Store(args) => store::run(&context, args),

@@ -83,7 +83,7 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
     Ok(())
 }
 
-fn find_node<'a>(cluster: &'a Cluster, name: &str) -> Result<&'a Node> {
+pub fn find_node<'a>(cluster: &'a Cluster, name: &str) -> Result<&'a Node> {
     let names = || cluster.nodes.iter().map(|node| node.name.as_str());
     cluster.find_node(name).ok_or_else(|| {
         let error = UserError::new(format!("the cluster `{}` has no node `{name}`", cluster.name));

@@ -12,6 +12,7 @@ pub mod gpt;
 pub mod guid;
 pub mod image;
 pub mod initrd;
+pub mod iso_read;
 pub mod region;
 pub mod uki;
 pub mod verity;

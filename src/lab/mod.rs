@@ -9,7 +9,7 @@ pub mod console;
 pub mod ledger;
 mod network;
 mod nspawn;
-mod postgres_tls;
+pub mod postgres_tls;
 pub mod probe;
 mod process;
 mod root;

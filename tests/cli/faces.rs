@@ -3,7 +3,7 @@
 
 use crate::project::{Project, can_build, take_turn};
 
-const VERBS: [&[&str]; 31] = [
+const VERBS: [&[&str]; 32] = [
     &[],
     &["build"],
     &["lock"],
@@ -16,6 +16,7 @@ const VERBS: [&[&str]; 31] = [
     &["cluster", "check"],
     &["cluster", "init"],
     &["seed"],
+    &["status"],
     &["doctor"],
     &["store"],
     &["store", "gc"],

@@ -49,6 +49,15 @@ impl Ha {
     /// A lab whose nodes are not started yet. `None`, with a line that says why, where there
     /// can be none.
     pub fn create(name: &str, edit: impl FnOnce(&mut Cluster)) -> Option<Self> {
+        Self::create_by(name, edit, |_, _| {})
+    }
+
+    /// The same, with secrets and seeds of the test's own.
+    pub fn create_by(
+        name: &str,
+        edit: impl FnOnce(&mut Cluster),
+        arm: impl FnOnce(&Lab, &Cluster),
+    ) -> Option<Self> {
         if let Err(error) = check_host() {
             eprintln!("skipped: {error:#}");
             return None;
@@ -75,6 +84,7 @@ impl Ha {
                 _ => panic!("{error:?}"),
             },
         };
+        arm(&lab, &cluster);
         let read = |name: &str| fs::read(lab.secrets().join(name)).unwrap();
         let pems = ["ca.pem", "operator.pem", "operator.key"].map(read);
         let [ca, certificate, key] = pems.each_ref().map(|pem| std::str::from_utf8(pem).unwrap());

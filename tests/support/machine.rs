@@ -42,6 +42,17 @@ impl Machine {
     /// its output comes between marks, and then the machine powers off. `words` are added
     /// to the kernel's command line.
     pub fn start(tools: &Tools, disk: &Path, script: &str, words: &str) -> Machine {
+        Machine::start_with(tools, disk, script, words, &[])
+    }
+
+    /// The same, with more arguments for QEMU: what else the machine has.
+    pub fn start_with(
+        tools: &Tools,
+        disk: &Path,
+        script: &str,
+        words: &str,
+        attached: &[String],
+    ) -> Machine {
         let accelerator = choose_accelerator(tools);
         let mut command = describe_machine(tools, accelerator, &disk.with_extension("vars"))
             // A network, so that what would listen on it does, with nothing behind it.
@@ -57,7 +68,7 @@ impl Machine {
             let words = format!("type=11,value=io.systemd.stub.kernel-cmdline-extra={words}");
             command = command.arg("-smbios").arg(words);
         }
-        Machine::run(command)
+        Machine::run(command.args(attached))
     }
 
     fn run(command: Command) -> Machine {

@@ -1,0 +1,97 @@
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use super::Context;
+use super::cluster::FILE;
+use super::seed::find_node;
+use crate::agent::ask::ask_nodes;
+use crate::agent::table::{Answer, Table, make_table, show_table};
+use crate::agent::tls::Tls;
+use crate::cluster_dir::{Operator, default_path};
+use crate::config::cluster::{Cluster, Node, load_cluster};
+use crate::error::UserError;
+use crate::progress::print_line;
+
+/// When a node is not ready: what is wrong is neither the user's mistake nor ours.
+const NOT_READY: u8 = 3;
+
+/// Show how the nodes of a cluster are, with the operator's certificate
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  stanchion status
+  stanchion status --cluster berlin.toml --node n1 --node n2
+
+Exit code 0 when every node that is shown is ready, 3 when one is not.")]
+pub struct Args {
+    /// The cluster file
+    #[arg(long, value_name = "FILE", default_value = FILE)]
+    cluster: PathBuf,
+    /// The cluster's directory (default: beside the cluster file, called like the cluster)
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// Ask and show this node only; may be given several times
+    #[arg(long, value_name = "NAME")]
+    node: Vec<String>,
+}
+
+pub fn run(context: &Context, args: Args) -> Result<ExitCode> {
+    let cluster = load_cluster(&args.cluster, &context.find_project()?)?;
+    let nodes: Vec<&Node> = match args.node.is_empty() {
+        true => cluster.nodes.iter().collect(),
+        false => args.node.iter().map(|name| find_node(&cluster, name)).collect::<Result<_>>()?,
+    };
+    let dir = args.dir.unwrap_or_else(|| default_path(&args.cluster, &cluster));
+    let operator = Operator::read(&dir, &cluster)?;
+    let tls = Tls::from_pem(&operator.ca, &operator.certificate, &operator.key).map_err(|_| {
+        UserError::new("the operator's certificate cannot be used")
+            .in_file(&dir)
+            .why("its key is not that of its certificate")
+            .help("bring operator.pem and operator.key back from one copy")
+    })?;
+    let answers = ask_nodes(&tls, &nodes)?;
+    expect_answer(&cluster, &answers)?;
+    let mut table = make_table(&cluster.name, &cluster.nodes, &answers);
+    if !args.node.is_empty() {
+        table.nodes.retain(|row| answers.contains_key(&row.name));
+        table.ready = table.nodes.iter().all(|row| row.ready);
+    }
+    Ok(print_table(&table, context.json))
+}
+
+/// # Errors
+/// A [`UserError`] when nobody answers: then there is nothing to show.
+fn expect_answer(cluster: &Cluster, answers: &BTreeMap<String, Answer>) -> Result<()> {
+    let mut silent = Vec::new();
+    for (name, answer) in answers {
+        match answer {
+            Answer::Page(_) => return Ok(()),
+            Answer::Silent(why) => silent.push(format!("{name}: {why}")),
+        }
+    }
+    Err(UserError::new(format!("no node of `{}` answers", cluster.name))
+        .why(silent.join("\n"))
+        .help(
+            "do the machines run, with the seeds of this cluster's directory, and does this \
+             machine reach their port 7443? What a node waits for is on its console",
+        )
+        .into())
+}
+
+/// Print the table, and tell the exit code that goes with it.
+pub fn print_table(table: &Table, json: bool) -> ExitCode {
+    if json {
+        let mut event = serde_json::json!({ "event": "status" });
+        if let (Some(event), Ok(serde_json::Value::Object(table))) =
+            (event.as_object_mut(), serde_json::to_value(table))
+        {
+            event.extend(table);
+        }
+        print_line(&event.to_string());
+    } else {
+        print_line(show_table(table).trim_end());
+    }
+    if table.ready { ExitCode::SUCCESS } else { ExitCode::from(NOT_READY) }
+}
