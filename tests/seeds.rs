@@ -57,7 +57,7 @@ impl<'a> Forge<'a> {
 
     fn issue(&self, node: &str, at: u64) -> Vec<u8> {
         let entry = self.cluster.find_node(node).unwrap();
-        issue_seed(self.cluster, entry, &self.directory, at).unwrap()
+        issue_seed(self.cluster, entry, &self.directory, None, at).unwrap()
     }
 
     /// Rightly signed, with the certificate of a machine that has another address.
