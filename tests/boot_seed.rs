@@ -66,7 +66,7 @@ fn make_seed(folder: &Path) -> (Cluster, Vec<u8>) {
     let path = folder.join("alone");
     make_directory(&path, &cluster, now).unwrap();
     let directory = ClusterDir::open(&path, &cluster).unwrap();
-    let seed = issue_seed(&cluster, &cluster.nodes[0], &directory, now).unwrap();
+    let seed = issue_seed(&cluster, &cluster.nodes[0], &directory, None, now).unwrap();
     (cluster, seed)
 }
 
