@@ -103,7 +103,6 @@ fn verify(ca: &str, chain: &str, name: &str) -> (Result<(), String>, Result<(), 
     use rustls::pki_types::pem::PemObject;
     use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
     use rustls::server::WebPkiClientVerifier;
-    use rustls::server::danger::ClientCertVerifier;
 
     let read = |pem: &str| -> Vec<CertificateDer<'static>> {
         CertificateDer::pem_slice_iter(pem.as_bytes()).map(Result::unwrap).collect()

@@ -64,12 +64,15 @@ fn a_certificate_that_cannot_be_shown_is_told_before_anything_is_made() {
     write("nameless", &[], (-1, 90));
     write("past", &["lab.test"], (-90, -3));
     write("future", &["lab.test"], (2, 90));
+    let root = project.root();
+    fs::copy(root.join("good.key"), root.join("chain.key")).unwrap();
+    fs::write(root.join("chain.key"), fs::read(root.join("good.pem")).unwrap()).unwrap();
     project.write("cluster.toml", &three());
     project.run(&["cluster", "init"]).expect(0, &[]);
     for (chain, key, said) in [
         ("good.pem", "other.key", "the key is not that of the first certificate"),
         ("good.key", "good.key", "the chain holds no certificate"),
-        ("good.pem", "good.pem", "holds no private key"),
+        ("good.pem", "chain.key", "holds no private key"),
         ("none.pem", "good.key", "there is no file none.pem"),
         ("good.pem", "none.key", "there is no file none.key"),
         ("foreign.pem", "foreign.key", "it is for netbox.test, *.lab.test"),

@@ -127,7 +127,7 @@ fn each_role_gets_its_own_secrets_and_no_others() {
     project.run(&["seed", "--all"]).expect(0, &[]);
     let all = fs::read_to_string(project.root().join("lab/secrets.toml")).unwrap();
     let all: BTreeMap<String, String> = toml::from_str(&all).unwrap();
-    assert_eq!(all.len(), 10);
+    assert_eq!(all.len(), 12);
     assert!(all.values().all(|secret| secret.len() >= 32));
     for (name, expected) in [
         (
@@ -136,7 +136,7 @@ fn each_role_gets_its_own_secrets_and_no_others() {
         ),
         ("n4", "fingerprint redis sentinel"),
         ("n5", "fingerprint postgres_netbox redis"),
-        ("n6", "fingerprint haproxy_stats keepalived redis sentinel"),
+        ("n6", "fingerprint haproxy_stats keepalived redis sentinel site_key site_seal"),
     ] {
         let image = project.root().join(format!("lab/seeds/{name}.seed.img"));
         let bytes = read_volume(&image);
