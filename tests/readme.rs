@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 
 const STANCHION: &str = "cargo run --release -- ";
 
@@ -36,6 +36,26 @@ fn copy_project(to: &Path) {
     ["layers", "profiles", "stanchion.lock"].iter().for_each(|name| copy(name));
 }
 
+/// The program in a project, as the README's reader has it.
+fn run(project: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_stanchion"))
+        .args(args)
+        .current_dir(project)
+        .env("XDG_STATE_HOME", project.join("state"))
+        .output()
+        .unwrap()
+}
+
+/// Takes down what `lab up` has left, however the test ends.
+struct LabGuard<'a>(&'a Path);
+
+impl Drop for LabGuard<'_> {
+    fn drop(&mut self) {
+        run(self.0, &["lab", "down"]);
+        let _ = fs::remove_dir_all(self.0);
+    }
+}
+
 #[test]
 fn every_command_of_the_readme_runs() {
     let text = fs::read_to_string(root().join("README.md")).unwrap();
@@ -45,14 +65,10 @@ fn every_command_of_the_readme_runs() {
 
     let project = Path::new(env!("CARGO_TARGET_TMPDIR")).join("readme");
     copy_project(&project);
+    let _guard = LabGuard(&project);
     for command in commands.iter().filter(|command| **command != "cargo test") {
         let args = command.strip_prefix(STANCHION).expect("a command that this test knows");
-        let output = Command::new(env!("CARGO_BIN_EXE_stanchion"))
-            .args(args.split(' '))
-            .current_dir(&project)
-            .env("XDG_STATE_HOME", project.join("state"))
-            .output()
-            .unwrap();
+        let output = run(&project, &args.split(' ').collect::<Vec<_>>());
         let said = String::from_utf8_lossy(&output.stderr);
         if said.contains("a lab needs root") || said.contains("this machine cannot") {
             println!("skipped `{command}`: {}", said.lines().next().unwrap_or_default());
@@ -64,7 +80,6 @@ fn every_command_of_the_readme_runs() {
         }
         assert!(output.status.success(), "`{command}` failed:\n{said}");
     }
-    let _ = fs::remove_dir_all(&project);
 }
 
 #[test]
