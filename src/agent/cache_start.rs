@@ -13,6 +13,8 @@ use super::systemd::{Active, query_unit};
 use crate::config::cluster::{Node as Entry, Role};
 
 const UNIT: &str = "stanchion-redis.service";
+/// Made by Redis at its first start.
+const DATA: &str = "/var/lib/redis/appendonlydir";
 
 /// One round: ask, decide, set the facts that Redis' files hang on. `Done` when Redis may
 /// be started with them.
@@ -72,6 +74,7 @@ async fn observe(node: &Node, since: Instant) -> Result<Observed> {
         address: Some(node.entry.address),
         recorded,
         first: caches.first().is_some_and(|first| first.name == node.entry.name),
+        has_data: node.places.join(DATA).exists(),
         ..Observed::default()
     };
     let mut looks = tokio::task::JoinSet::new();

@@ -112,6 +112,14 @@ async fn join_as_learner(
         write_record(&node.places, &Record::Nothing)?;
     }
     let cluster = ask_others(node);
+    let pulse = node.registry.key("pulse", &node.entry.name);
+    if remove.is_some() && cluster.get(&pulse).await?.is_some() {
+        // The pulse of a dead node is gone within seconds.
+        return Ok(Verdict::Wait(format!(
+            "a machine that bears the name {} is alive: two must not have the same seed",
+            node.entry.name
+        )));
+    }
     if let Some(id) = remove {
         log(&format!("etcd: removing the dead member {id:x} that bore this node's name"));
         cluster.remove_member(id).await?;

@@ -1,6 +1,6 @@
 //! main: start the services of the roles, then keep their files in step with the cluster.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 
@@ -18,11 +18,14 @@ use super::slots::{drop_lost_slots, list_owners};
 use super::systemd::{Active, query_unit, reload_daemon, start_unit};
 use super::watch_leader::Watcher;
 use crate::config::cluster::Role;
+use crate::pki::Certificate;
 
 const QUICK: Retry =
     Retry::Until { first: Duration::from_millis(300), longest: Duration::from_secs(2) };
 /// Files are rendered anew so often even when nothing was told.
 const TICK: Duration = Duration::from_secs(10);
+/// So long before its end a certificate is told of.
+const EXPIRES_SOON: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// The edge does not wait longer for the certificate that it shows.
 const SITE_PATIENCE: Duration = Duration::from_secs(15);
@@ -81,8 +84,7 @@ pub const STEPS: [Step<Node>; 6] = [
 async fn register(node: &mut Node) -> Result<Verdict> {
     let shared = Shared::default();
     node.shared = shared.clone();
-    let units: Vec<&'static str> =
-        super::roles::list_role_services(&node.entry.roles).map(|service| service.unit).collect();
+    let units = node.list_units(&node.entry.roles);
     tokio::spawn(Observer::new(node, shared.clone(), units).run());
     let key = node.registry.key("nodes", &node.entry.name);
     tokio::spawn(keep_registration(node.etcd.clone(), key, shared.clone()));
@@ -180,9 +182,9 @@ async fn catch_up(node: &mut Node) -> Result<()> {
         reload_daemon().await?;
     }
     check_clock_again(node).await;
+    tell_expiry(node)?;
     // What could not start for a file that was refused may do so now.
-    let units: Vec<&'static str> =
-        super::roles::list_role_services(&node.entry.roles).map(|service| service.unit).collect();
+    let units = node.list_units(&node.entry.roles);
     if let Verdict::Warn(reason) = start_units(node, &units).await? {
         node.board.raise("services", reason);
     } else {
@@ -190,6 +192,21 @@ async fn catch_up(node: &mut Node) -> Result<()> {
     }
     if node.has(Role::Db) {
         reconcile_settings(node).await;
+    }
+    Ok(())
+}
+
+/// The node's own certificate ends all its connections when it ends; a new seed renews it.
+fn tell_expiry(node: &Node) -> Result<()> {
+    const THING: &str = "certificate";
+    let end = Certificate::read(&node.seed.certificate)?.not_after;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+    let help = "make a new seed with `stanchion seed`, attach it, and restart the node";
+    if end <= now {
+        node.board.raise(THING, format!("this node's certificate has expired: {help}"));
+    } else if end - now < EXPIRES_SOON.as_secs() {
+        let days = (end - now) / (24 * 3600);
+        node.board.warn(THING, format!("this node's certificate expires in {days} days: {help}"));
     }
     Ok(())
 }

@@ -9,6 +9,9 @@ use crate::config::cluster::{Cluster, Role};
 use super::pause::describe_pause;
 use super::registry::Registration;
 
+/// Two of two Sentinels agree on nothing when one is dead.
+const SENTINELS: u64 = 3;
+
 /// What the local services and the registry said last. `None`: it does not answer.
 #[derive(Debug, Clone, Default)]
 pub struct Observed {
@@ -85,9 +88,10 @@ fn judge_cluster(cluster: &Cluster, seen: &Observed, reasons: &mut Vec<String>) 
         reasons.push("not HA: this is a development cluster of one node".to_string());
         return;
     }
-    let zones: BTreeSet<&str> = cluster.nodes.iter().map(|node| node.zone.as_str()).collect();
+    let zones: BTreeSet<&str> =
+        cluster.list_nodes(Role::Db).map(|node| node.zone.as_str()).collect();
     if zones.len() < 2 {
-        reasons.push("not HA: all nodes are in one zone, which fails as one".to_string());
+        reasons.push("not HA: all db nodes are in one zone, which fails as one".to_string());
     }
     if cluster.storage.is_none() && cluster.list_nodes(Role::Web).next().is_some() {
         reasons.push("not HA: there is no object storage for media".to_string());
@@ -185,6 +189,9 @@ fn judge_cache(cluster: &Cluster, seen: &Observed, reasons: &mut Vec<String>) {
         ));
     }
     let wanted = cluster.list_nodes(Role::Cache).count() as u64;
+    if !cluster.is_single() && wanted < SENTINELS {
+        reasons.push(format!("not HA: {wanted} of the {SENTINELS} Sentinels that a vote needs"));
+    }
     match &seen.sentinel {
         None => reasons.push("Sentinel does not answer on this node".to_string()),
         Some(sentinel) => {

@@ -200,6 +200,8 @@ pub struct Observed {
     pub recorded: Option<Ipv4Addr>,
     /// This is the first cache node of the cluster file.
     pub first: bool,
+    /// Redis has written here before.
+    pub has_data: bool,
     /// For how long this node has been looking.
     pub looked: Duration,
 }
@@ -217,6 +219,9 @@ pub enum Start {
 
 /// So long do Sentinels need to replace a master that has gone.
 const REPLACED: Duration = Duration::from_secs(20);
+/// So long does a node without data wait for another master before it becomes one: two
+/// rounds of a failover that failed. A replica would copy its emptiness.
+const GIVEN_UP: Duration = Duration::from_secs(60);
 
 /// Decide as what to start. Never as master while another node answers for one.
 pub fn decide_start(seen: &Observed) -> Start {
@@ -232,6 +237,13 @@ pub fn decide_start(seen: &Observed) -> Start {
             return Start::Wait(
                 "the Sentinels still name this node as master, though it has just started: they \
                  choose another one now"
+                    .into(),
+            );
+        }
+        Some(_) if !seen.has_data && seen.looked < GIVEN_UP => {
+            return Start::Wait(
+                "the Sentinels name this node as master, but it has no data: one that has some is \
+                 waited for"
                     .into(),
             );
         }
@@ -277,7 +289,11 @@ mod tests {
         assert!(matches!(decide_start(&back), Start::Wait(_)));
         let late = Observed { looked: Duration::from_secs(60), ..back.clone() };
         assert_eq!(decide_start(&late), Start::Master);
-        assert_eq!(decide_start(&Observed { followers: 0, ..back }), Start::Master);
+        let alone = Observed { followers: 0, has_data: true, ..back };
+        assert_eq!(decide_start(&alone), Start::Master);
+        // A fresh disk under the old name: whoever copied it would lose everything.
+        let empty = Observed { has_data: false, ..alone };
+        assert!(matches!(decide_start(&empty), Start::Wait(_)));
     }
 
     #[test]

@@ -84,8 +84,9 @@ pub fn knock_everywhere(ha: &Ha) {
 /// Ports that are open to those who are no nodes.
 fn list_open(cluster: &Cluster) -> BTreeSet<u16> {
     let ways = list_ports(cluster);
-    let for_all =
-        |from: &[Side]| from.iter().any(|side| matches!(side, Side::Clients | Side::Operator));
+    let for_all = |from: &[Side]| {
+        from.iter().any(|side| matches!(side, Side::Clients | Side::Network | Side::Operator))
+    };
     ways.iter()
         .filter(|way| way.protocol == Protocol::Tcp && for_all(&way.from))
         .filter_map(|way| way.port)
@@ -116,7 +117,7 @@ async fn scan(address: Ipv4Addr) -> BTreeSet<u16> {
 /// Say something to every service; all that was answered.
 async fn talk(address: Ipv4Addr, config: &Arc<ClientConfig>) -> Vec<u8> {
     let mut heard = Vec::new();
-    for port in [7443, 8404, 6379, 10001] {
+    for port in [2379, 7443, 8404, 6379, 10001] {
         for words in [HTTP, b"PING\r\nINFO\r\nCONFIG GET *\r\n"] {
             let inside = ask_tls(address, port, config, words).await.unwrap_or_default();
             assert!(inside.is_empty(), "{address}:{port}: {}", String::from_utf8_lossy(&inside));

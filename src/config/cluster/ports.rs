@@ -12,6 +12,8 @@ pub enum Side {
     /// The nodes with a role.
     Nodes(Role),
     EveryNode,
+    /// All machines of the cluster's network, among them nodes that join later.
+    Network,
     Clients,
     Operator,
 }
@@ -38,7 +40,7 @@ pub struct Port {
 }
 
 use Protocol::{Tcp, Udp, Vrrp};
-use Side::{Clients, EveryNode, Nodes, Operator};
+use Side::{Clients, EveryNode, Network, Nodes, Operator};
 
 const DB: Side = Nodes(Role::Db);
 const CACHE: Side = Nodes(Role::Cache);
@@ -47,7 +49,7 @@ const EDGE: Side = Nodes(Role::Edge);
 
 /// Port (0 for none), protocol, to, from, purpose.
 const WAYS: [(u16, Protocol, Side, &[Side], &str); 18] = [
-    (2379, Tcp, DB, &[EveryNode], "etcd, for its clients"),
+    (2379, Tcp, DB, &[Network], "etcd, for its clients"),
     (2380, Tcp, DB, &[DB], "etcd, among its members"),
     (5432, Tcp, DB, &[DB, WEB, EDGE], "PostgreSQL"),
     (8008, Tcp, DB, &[DB, WEB, EDGE], "Patroni"),
@@ -89,6 +91,7 @@ impl fmt::Display for Side {
         f.write_str(match self {
             Nodes(role) => role.name(),
             EveryNode => "every node",
+            Network => "the network",
             Clients => "clients",
             Operator => "operator",
         })
