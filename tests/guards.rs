@@ -48,7 +48,7 @@ fn early_failover_is_faster_than_the_lease() {
         }
     }
     let Some(ha) = start("late", |cluster| cluster.tuning.early_failover = false) else { return };
-    let late = kill_everything(&ha, &mut report, "kill, the lease runs out", 40.0);
+    let late = kill_everything(&ha, &mut report, "kill, the lease runs out", 30.0);
     early.sort_by(f64::total_cmp);
     eprintln!("writes back after a kill: early {early:.1?} s, else {late:.1?} s");
     if let (Some(slowest), Some(late)) = (early.last(), late) {
@@ -244,7 +244,7 @@ fn kill_without_the_standbys_agent(ha: &Ha, report: &mut Report) {
     let back = find_return(&watched.ledger.record().timeline, watched.event);
     ha.run(&standby, &["systemctl", "start", "stanchion-agent"]);
     ha.lab.start(&leader).unwrap();
-    watched.expect_other_leader(report, SCENARIO, back, 40.0);
+    watched.expect_other_leader(report, SCENARIO, back, 30.0);
 }
 
 /// A pause is told by every node, with how long it has lasted, and forgotten when it is over.
@@ -283,6 +283,8 @@ fn kill_everything(
     let vip = find_return(&vip.timeline(), watched.event);
     let redis = find_return(&redis.timeline(), watched.event);
     eprintln!("{scenario}: VIP {vip:.1?} s, Redis {redis:.1?} s");
+    report.check(scenario, "VIP", vip, 5.0);
+    report.check(scenario, "Redis", redis, 10.0);
     ha.show_failover(&victim);
     ha.lab.start(&victim).unwrap();
     watched.expect_other_leader(report, scenario, back, bound);

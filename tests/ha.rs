@@ -227,6 +227,7 @@ fn power_off_all(ha: &Ha, report: &mut Report) {
         panic!("{error:#}");
     });
     let writes = event.elapsed().as_secs_f64();
+    report.check(SCENARIO, "writes", Some(writes), 20.0);
     ha.wait_for("whole after the power-off", WHOLE, || ha.is_whole().then_some(()));
     let record = ledger.stop();
     let lost = ha.find_lost(&record).len();

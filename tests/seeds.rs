@@ -207,7 +207,11 @@ fn refuse_after_a_start(ha: &Ha, forge: &Forge, right: &[u8]) {
 
 /// The operator's verb and the node's own show the same three nodes.
 fn show_the_table(ha: &Ha) {
-    let on_node = ha.run("n2", &["stanchion-agent", "status", "--cluster"]);
+    // A node's registration is some seconds behind the node.
+    let on_node = ha.wait_for("a table in which all are ready", 6 * SOON, || {
+        let ran = ha.lab.exec("n2", &["stanchion-agent", "status", "--cluster"], SOON).ok()?;
+        (ran.code == Some(0)).then(|| ran.text())
+    });
     let [code, table] = run_status(ha, &[]);
     assert_eq!(code, "0", "{table}");
     for text in [&on_node, &table] {
