@@ -75,21 +75,29 @@ pub fn owns_clock(proc_status: &str) -> bool {
         .is_some_and(|mask| mask & (1 << CAP_SYS_TIME) != 0)
 }
 
-/// Why the clock cannot be relied on; `None` when it is synchronised.
-pub async fn check_clock() -> Result<Option<String>> {
+/// Why the clock cannot be relied on; `None` when it is synchronised: with one of the
+/// cluster's time servers, where it has any, else with the other nodes.
+pub async fn check_clock(has_servers: bool) -> Result<Option<String>> {
     let text = run_program(&["chronyc", "-c", "-n", "tracking"]).await?;
-    Ok(read_tracking(&text))
+    Ok(read_tracking(&text, has_servers))
 }
 
-/// One line of comma-separated values; the last is the leap status, the fifth (from 0: 4)
-/// the offset in seconds.
-fn read_tracking(text: &str) -> Option<String> {
+/// From here on a stratum tells of nodes that keep together without any server (`local
+/// stratum 10 orphan` in chrony.conf).
+const ORPHANS: u32 = 10;
+
+/// One line of comma-separated values; the third is the stratum, the fifth the offset in
+/// seconds, the last the leap status.
+fn read_tracking(text: &str, has_servers: bool) -> Option<String> {
     let fields: Vec<&str> = text.trim().split(',').collect();
     match fields.last() {
         Some(&"Not synchronised") => {
             Some("the clock is not synchronised: chrony reaches no time server".to_string())
         }
         Some(_) if fields.len() >= 14 => {
+            if has_servers && fields[2].parse().is_ok_and(|stratum: u32| stratum >= ORPHANS) {
+                return Some("no time server of the cluster file answers".to_string());
+            }
             let offset: f64 = fields[4].parse().unwrap_or(0.0);
             (offset.abs() > 0.5).then(|| format!("the clock is off by {offset:.1} s"))
         }
@@ -138,10 +146,13 @@ mod tests {
                 "C0A80001,192.168.0.1,3,1700000000.0,{offset},0.0,0.0,1,0,0.1,0.0,0.0,64,{leap}\n"
             )
         };
-        assert_eq!(read_tracking(&tracking("0.0001", "Normal")), None);
-        assert!(read_tracking(&tracking("2.5", "Normal")).unwrap().contains("2.5 s"));
-        assert!(read_tracking(&tracking("0", "Not synchronised")).is_some());
-        assert!(read_tracking("").is_some());
+        assert_eq!(read_tracking(&tracking("0.0001", "Normal"), true), None);
+        assert!(read_tracking(&tracking("2.5", "Normal"), true).unwrap().contains("2.5 s"));
+        assert!(read_tracking(&tracking("0", "Not synchronised"), false).is_some());
+        assert!(read_tracking("", false).is_some());
+        let orphan = "7F7F0101,,10,1700000000.0,0.0,0.0,0.0,1,0,0.1,0.0,0.0,64,Normal";
+        assert_eq!(read_tracking(orphan, false), None);
+        assert!(read_tracking(orphan, true).unwrap().contains("no time server"));
     }
 
     #[test]

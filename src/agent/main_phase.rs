@@ -214,7 +214,7 @@ fn tell_expiry(node: &Node) -> Result<()> {
 /// A clock that was not right when the node started may be so by now.
 async fn check_clock_again(node: &Node) {
     if node.board.lock().problems.contains_key(CLOCK) {
-        match checks::check_clock().await {
+        match checks::check_clock(!node.seed.cluster.ntp.is_empty()).await {
             Ok(None) => node.board.clear(CLOCK),
             Ok(Some(reason)) => node.board.raise(CLOCK, reason),
             Err(error) => node.board.raise(CLOCK, format!("{error:#}")),
