@@ -55,8 +55,8 @@ pub fn knock_everywhere(ha: &Ha) {
                 let open = scan(*address).await;
                 let mut expected = expected.clone();
                 if *address == ha.vip() {
-                    // The agents' own addresses, not the cluster's.
-                    expected.retain(|port| ![7443, 8404].contains(port));
+                    // The nodes' own addresses, not the cluster's.
+                    expected.retain(|port| ![2379, 7443, 8404].contains(port));
                 }
                 assert_eq!(open, expected, "open on {address}");
             }
