@@ -113,12 +113,15 @@ impl Moment {
 
     /// Change the project so that the next build comes by.
     fn prepare(self, project: &Project, number: usize) {
-        let repository = concat!(env!("CARGO_MANIFEST_DIR"), "/layers/etcd/layer.toml");
-        let etcd = fs::read_to_string(repository).unwrap();
+        let repository = concat!(env!("CARGO_MANIFEST_DIR"), "/layers/observability/layer.toml");
+        let layer = fs::read_to_string(repository).unwrap();
         match self {
             Moment::Unpacking | Moment::Configuring | Moment::Blob => {
                 let exclude = format!("exclude = [\"/nowhere/{number}\"]\npackages = ");
-                project.write("layers/etcd/layer.toml", &etcd.replace("packages = ", &exclude));
+                project.write(
+                    "layers/observability/layer.toml",
+                    &layer.replace("packages = ", &exclude),
+                );
             }
             Moment::Command => project.write_extra("commands = [\"sleep 987 & sleep 987\"]"),
             Moment::Disk | Moment::Qcow2 => {
@@ -197,13 +200,22 @@ fn prepare() -> Option<Project> {
     can_build().then(|| {
         let project = Project::tiny("");
         project.copy_store();
-        project.write("profiles/tiny.toml", &TINY.replace("\"extra\"", "\"etcd\", \"extra\""));
+        project.write(
+            "profiles/tiny.toml",
+            &TINY.replace("\"extra\"", "\"observability\", \"extra\""),
+        );
         let mut lock = load_lock();
         assert!(
-            lock.sets.iter().any(|set| set.name == "base+kernel+etcd"),
-            "this test needs a shipped profile that begins with base, kernel, etcd"
+            lock.sets.iter().any(|set| set.name == "base+kernel+observability"),
+            "this test needs a shipped profile that begins with base, kernel, observability"
         );
-        add_set(&mut lock, "base+kernel+etcd+extra", Some("base+kernel+etcd"), &[], false);
+        add_set(
+            &mut lock,
+            "base+kernel+observability+extra",
+            Some("base+kernel+observability"),
+            &[],
+            false,
+        );
         lock.save(&project.root().join("stanchion.lock")).unwrap();
         project.run(&["build", "tiny", "--offline"]).expect(0, &[]);
         project
