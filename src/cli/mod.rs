@@ -3,6 +3,7 @@
 mod agent;
 mod build;
 mod cluster;
+mod diff;
 mod doctor;
 mod inspect;
 mod lab;
@@ -51,6 +52,7 @@ enum Verb {
     Build(build::Args),
     Lock(lock::Args),
     Inspect(inspect::Args),
+    Diff(diff::Args),
     Profile(profile::Args),
     Cluster(cluster::Args),
     Seed(seed::Args),
@@ -108,6 +110,7 @@ pub fn run() -> ExitCode {
         Verb::Build(args) => build::run(&context, args),
         Verb::Lock(args) => lock::run(&context, args),
         Verb::Inspect(args) => inspect::run(&context, args),
+        Verb::Diff(args) => diff::run(&context, args),
         Verb::Profile(args) => profile::run(&context, args),
         Verb::Cluster(args) => cluster::run(&context, args),
         Verb::Seed(args) => seed::run(&context, args),

@@ -3,11 +3,12 @@
 
 use crate::project::{Project, can_build, take_turn};
 
-const VERBS: [&[&str]; 32] = [
+const VERBS: [&[&str]; 33] = [
     &[],
     &["build"],
     &["lock"],
     &["inspect"],
+    &["diff"],
     &["profile"],
     &["profile", "list"],
     &["profile", "show"],
