@@ -12,6 +12,7 @@ mod profile;
 mod seed;
 mod status;
 mod store;
+mod why;
 
 use std::ffi::OsStr;
 use std::io::Write;
@@ -54,6 +55,7 @@ enum Verb {
     Inspect(inspect::Args),
     Diff(diff::Args),
     Profile(profile::Args),
+    Why(why::Args),
     Cluster(cluster::Args),
     Seed(seed::Args),
     Status(status::Args),
@@ -112,6 +114,7 @@ pub fn run() -> ExitCode {
         Verb::Inspect(args) => inspect::run(&context, args),
         Verb::Diff(args) => diff::run(&context, args),
         Verb::Profile(args) => profile::run(&context, args),
+        Verb::Why(args) => why::run(&context, args),
         Verb::Cluster(args) => cluster::run(&context, args),
         Verb::Seed(args) => seed::run(&context, args),
         Verb::Status(args) => match status::run(&context, args) {

@@ -3,7 +3,7 @@
 
 use crate::project::{Project, can_build, take_turn};
 
-const VERBS: [&[&str]; 33] = [
+const VERBS: [&[&str]; 34] = [
     &[],
     &["build"],
     &["lock"],
@@ -12,6 +12,7 @@ const VERBS: [&[&str]; 33] = [
     &["profile"],
     &["profile", "list"],
     &["profile", "show"],
+    &["why"],
     &["cluster"],
     &["cluster", "new"],
     &["cluster", "check"],
