@@ -119,7 +119,7 @@ fn read_rules(text: &str) -> Vec<Rule> {
 }
 
 fn read_rule(from: Option<Vec<Ipv4Network>>, what: &str) -> Rule {
-    if what == "ip protocol vrrp" {
+    if what == "ip protocol 112" {
         return Rule { from, protocol: Protocol::Vrrp, ports: Vec::new() };
     }
     let (protocol, ports) = what.split_once(" dport ").unwrap_or_else(|| panic!("{what}"));

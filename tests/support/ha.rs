@@ -8,6 +8,7 @@ mod steer;
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::Ipv4Addr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -17,7 +18,7 @@ use stanchion::config::cluster::Cluster;
 use stanchion::error::UserError;
 use stanchion::lab::ledger::{Ledger, Record, Target, read_ledger};
 use stanchion::lab::probe::{Probe, RedisTarget};
-use stanchion::lab::{Lab, Nspawn, Places, Spec, check_host, plan_cluster};
+use stanchion::lab::{Lab, NodeSpec, Nspawn, Places, Spec, check_host, plan_cluster};
 use stanchion::secrets::Secret;
 use stanchion::tools::set;
 use tempfile::TempDir;
@@ -26,9 +27,16 @@ use crate::image;
 
 pub const LEADER_PORT: u16 = 5433;
 pub const REPLICA_PORT: u16 = 5434;
+pub const ALL_PORT: u16 = 5435;
 const LIMIT: Duration = Duration::from_secs(60);
 /// How long a cluster that was hurt may take to be whole again; not measured against a goal.
 pub const WHOLE: Duration = Duration::from_secs(120);
+
+/// Whose turn it is to form a cluster.
+pub fn wait_turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 pub struct Ha {
     pub lab: Lab,
@@ -65,6 +73,17 @@ impl Ha {
         edit: impl FnOnce(&mut Cluster),
         arm: impl FnOnce(&Lab, &Cluster),
     ) -> Option<Self> {
+        Self::create_with(name, edit, arm, |_| Some(Vec::new()))
+    }
+
+    /// The same, with machines of which the cluster file knows nothing; they are no part of
+    /// [`Ha::nodes`].
+    pub fn create_with(
+        name: &str,
+        edit: impl FnOnce(&mut Cluster),
+        arm: impl FnOnce(&Lab, &Cluster),
+        find_strangers: impl FnOnce(&Cluster) -> Option<Vec<NodeSpec>>,
+    ) -> Option<Self> {
         if let Err(error) = check_host() {
             eprintln!("skipped: {error:#}");
             return None;
@@ -80,7 +99,8 @@ impl Ha {
         let folder = tempfile::tempdir_in(image::scratch()).unwrap();
         let places =
             Places { labs: folder.path().join("stanchion/labs"), program: image::PROGRAM.into() };
-        let spec = Spec::of_cluster(name, nspawn, cluster.clone(), |_| image.raw.clone());
+        let mut spec = Spec::of_cluster(name, nspawn, cluster.clone(), |_| image.raw.clone());
+        spec.nodes.extend(find_strangers(&cluster)?);
         let lab = match Lab::create(&places, &spec) {
             Ok(lab) => lab,
             Err(error) => match error.downcast_ref::<UserError>() {
@@ -101,6 +121,13 @@ impl Ha {
         Some(Ha { lab, cluster, places, tls, pems, secrets, runtime, _folder: folder })
     }
 
+    /// Form the cluster, one lab of this program at a time: a start keeps every processor busy.
+    pub fn form(&self) {
+        let _turn = wait_turn();
+        self.start_all();
+        self.wait_until_whole();
+    }
+
     pub fn start_all(&self) {
         for node in self.nodes() {
             self.lab.start(node).unwrap();
@@ -108,7 +135,7 @@ impl Ha {
     }
 
     pub fn nodes(&self) -> Vec<&str> {
-        self.lab.list_nodes()
+        self.cluster.nodes.iter().map(|node| node.name.as_str()).collect()
     }
 
     pub fn others(&self, node: &str) -> Vec<&str> {
@@ -119,7 +146,7 @@ impl Ha {
         self.cluster.vip.unwrap()
     }
 
-    fn secret(&self, name: &str) -> String {
+    pub fn secret(&self, name: &str) -> String {
         self.secrets[name].reveal().to_string()
     }
 
@@ -216,8 +243,8 @@ impl Ha {
         self.find_node(|node| node["vip"] == true)
     }
 
-    /// All three serve and are ready: one leader, and two replicas of it, one of them
-    /// synchronous; one Redis master; one holder of the VIP.
+    /// All three serve and are ready, whoever else there is: one leader, and two replicas of
+    /// it, one of them synchronous; one Redis master; one holder of the VIP.
     pub fn is_whole(&self) -> bool {
         let pages: Vec<Value> =
             self.nodes().into_iter().filter_map(|node| self.get_status(node)).collect();
@@ -229,7 +256,7 @@ impl Ha {
             |field: &str, value: Value| nodes.iter().filter(|node| node[field] == value).count();
         pages.len() == 3
             && are_ready
-            && nodes.len() == 3
+            && self.nodes().iter().all(|name| nodes.iter().any(|node| node["name"] == *name))
             && count("postgres", "leader running".into()) == 1
             && count("postgres", "sync_standby streaming".into()) == 1
             && count("postgres", "replica streaming".into()) == 1

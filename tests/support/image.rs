@@ -40,6 +40,12 @@ pub fn provide_node(sets: &[&str]) -> Option<&'static Image> {
     show_skipped(IMAGE.get_or_init(|| prepare("node", sets)))
 }
 
+/// The image of edges alone, likewise.
+pub fn provide_edge() -> Option<&'static Image> {
+    static IMAGE: OnceLock<Result<Image, String>> = OnceLock::new();
+    show_skipped(IMAGE.get_or_init(|| prepare("edge", &[])))
+}
+
 fn show_skipped(image: &'static Result<Image, String>) -> Option<&'static Image> {
     match image {
         Ok(image) => Some(image),
