@@ -115,6 +115,8 @@ async fn start_role(node: &mut Node, role: Role) -> Result<Verdict> {
     }
     node.applied.forget_refusals();
     node.lay_files().await?;
+    // What the first rendering laid over the units counts before they start.
+    reload_daemon().await?;
     let units = node.list_units(&[role]);
     start_units(node, &units).await
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use reqwest::Client;
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -103,6 +103,33 @@ pub async fn reconcile(
     Ok(names)
 }
 
+/// Ask the leader's Patroni to hand over; it answers when it is done.
+pub async fn switch_over(
+    http: &Client,
+    leader: Ipv4Addr,
+    secret: &Secret,
+    from: &str,
+    to: &str,
+    limit: Duration,
+) -> Result<()> {
+    let url = format!("https://{leader}:{PORT}/switchover");
+    let body = json!({"leader": from, "candidate": to}).to_string();
+    let request = http
+        .post(url)
+        .basic_auth("patroni", Some(secret.reveal()))
+        .timeout(limit)
+        .header("content-type", "application/json")
+        .body(body);
+    let response =
+        request.send().await.map_err(|error| anyhow::anyhow!(describe_transport(&error)))?;
+    let status = response.status();
+    if status.is_success() {
+        return Ok(());
+    }
+    let said = response.text().await.unwrap_or_default();
+    bail!("Patroni answers {status}: {}", said.chars().take(300).collect::<String>());
+}
+
 /// What of `wanted` is not in `present`, to be sent as a patch.
 fn find_difference(present: &Value, wanted: &Value) -> Map<String, Value> {
     let mut difference = Map::new();
@@ -177,7 +204,6 @@ async fn knock(address: Ipv4Addr) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn only_settings_that_differ_are_sent() {

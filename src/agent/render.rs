@@ -100,6 +100,7 @@ impl Facts {
                 "ntp": cluster.ntp,
                 "single": cluster.is_single(),
                 "storage": cluster.storage,
+                "backup": cluster.backup,
             },
             "nodes": self.nodes,
             "db_nodes": with(Role::Db),

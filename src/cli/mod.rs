@@ -7,10 +7,13 @@ mod doctor;
 mod inspect;
 mod lab;
 mod lock;
+mod operate;
 mod profile;
+mod renew;
 mod seed;
 mod status;
 mod store;
+mod switchover;
 
 use std::ffi::OsStr;
 use std::io::Write;
@@ -55,6 +58,8 @@ enum Verb {
     Cluster(cluster::Args),
     Seed(seed::Args),
     Status(status::Args),
+    Switchover(switchover::Args),
+    RenewCertificate(renew::Args),
     Doctor(doctor::Args),
     Lab(lab::Args),
     Store(store::Args),
@@ -115,6 +120,8 @@ pub fn run() -> ExitCode {
             Ok(code) => return code,
             Err(error) => Err(error),
         },
+        Verb::Switchover(args) => switchover::run(&context, args),
+        Verb::RenewCertificate(args) => renew::run(&context, args),
         Verb::Doctor(args) => doctor::run(&context, args),
         Verb::Lab(args) => lab::run(&context, args),
         Verb::Store(args) => store::run(&context, args),
