@@ -6,6 +6,7 @@
 
 pub mod apply;
 pub mod ask;
+pub mod backup;
 pub mod board;
 pub mod bootstrap;
 pub mod cache_start;
@@ -26,6 +27,7 @@ pub mod pause;
 pub mod places;
 pub mod postgres_tls;
 pub mod pre_start;
+pub mod psql;
 pub mod ready;
 pub mod redis;
 pub mod registry;

@@ -1,6 +1,7 @@
 //! The command line: clap's types, and one function for each verb.
 
 mod agent;
+mod backup;
 mod build;
 mod cluster;
 mod doctor;
@@ -10,6 +11,7 @@ mod lock;
 mod operate;
 mod profile;
 mod renew;
+mod restore;
 mod seed;
 mod status;
 mod store;
@@ -60,6 +62,8 @@ enum Verb {
     Status(status::Args),
     Switchover(switchover::Args),
     RenewCertificate(renew::Args),
+    Backup(backup::Args),
+    Restore(restore::Args),
     Doctor(doctor::Args),
     Lab(lab::Args),
     Store(store::Args),
@@ -122,6 +126,8 @@ pub fn run() -> ExitCode {
         },
         Verb::Switchover(args) => switchover::run(&context, args),
         Verb::RenewCertificate(args) => renew::run(&context, args),
+        Verb::Backup(args) => backup::run(&context, args),
+        Verb::Restore(args) => restore::run(&context, args),
         Verb::Doctor(args) => doctor::run(&context, args),
         Verb::Lab(args) => lab::run(&context, args),
         Verb::Store(args) => store::run(&context, args),

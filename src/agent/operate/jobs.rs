@@ -50,24 +50,31 @@ struct Job {
     changed: Notify,
 }
 
-/// By which a job says how far it is.
+/// By which work says how far it is.
 #[derive(Clone)]
 pub struct Say {
-    job: Arc<Job>,
+    /// `None`: nobody asked for it, and the journal is told.
+    job: Option<Arc<Job>>,
 }
 
 impl Say {
+    /// For work that the agent does by itself.
+    pub fn to_journal() -> Self {
+        Say { job: None }
+    }
+
     /// One line for a person.
     pub fn say(&self, line: impl Into<String>) {
         let mut line = line.into().replace('\n', " ");
         let end = (0..=LINE.min(line.len())).rev().find(|i| line.is_char_boundary(*i));
         line.truncate(end.unwrap_or(0));
-        let mut content = lock(&self.job.content);
+        let Some(job) = &self.job else { return log(&line) };
+        let mut content = lock(&job.content);
         if content.lines.len() < LINES {
             content.lines.push(line);
         }
         drop(content);
-        self.job.changed.notify_waiters();
+        job.changed.notify_waiters();
     }
 }
 
@@ -103,7 +110,7 @@ impl Jobs {
             jobs.push_back(job.clone());
         }
         let (id, verb) = (job.id.clone(), verb.to_string());
-        let work = work(Say { job: job.clone() });
+        let work = work(Say { job: Some(job.clone()) });
         tokio::spawn(async move {
             let begun = Instant::now();
             // A task of its own: one that panics must not leave its listener waiting.

@@ -24,6 +24,7 @@ pub use jobs::{Jobs, Outcome, Progress, Say};
 pub use judge_switchover::judge_switchover;
 pub use switchover::Switched;
 
+use super::backup;
 use super::board::Board;
 use super::etcd::Etcd;
 use super::node::Node;
@@ -68,6 +69,14 @@ impl Desk {
 /// The verbs by their names in the URL.
 pub const SWITCHOVER: &str = "switchover";
 pub const RENEW_CERTIFICATE: &str = "renew-certificate";
+pub const BACKUP: &str = "backup";
+pub const BACKUP_LIST: &str = "backup-list";
+pub const BACKUP_DRILL: &str = "backup-drill";
+pub const RESTORE: &str = "restore";
+pub const START_DATABASE: &str = "start-database";
+
+const VERBS: [&str; 7] =
+    [SWITCHOVER, RENEW_CERTIFICATE, BACKUP, BACKUP_LIST, BACKUP_DRILL, RESTORE, START_DATABASE];
 
 /// Do what a verb says.
 ///
@@ -77,6 +86,11 @@ pub async fn run_verb(desk: Desk, verb: &str, body: Value, say: Say) -> Result<V
     match verb {
         SWITCHOVER => switchover::switch_over(&desk, body, &say).await,
         RENEW_CERTIFICATE => renew_certificate(&desk).await,
+        BACKUP => backup::take_by_verb(&desk, body, &say).await,
+        BACKUP_LIST => backup::list(&desk).await,
+        BACKUP_DRILL => backup::drill(&desk, &say).await,
+        RESTORE => backup::restore(&desk, body, &say).await,
+        START_DATABASE => backup::start_again(&desk).await,
         _ => Err(UserError::new("this agent does not know the verb")
             .why(format!("it is of version {}", env!("CARGO_PKG_VERSION")))
             .help("ask with a `stanchion` of the same version")
@@ -86,7 +100,7 @@ pub async fn run_verb(desk: Desk, verb: &str, body: Value, say: Say) -> Result<V
 
 /// Whether there is such a verb: what is none starts no job.
 pub fn is_verb(verb: &str) -> bool {
-    [SWITCHOVER, RENEW_CERTIFICATE].contains(&verb)
+    VERBS.contains(&verb)
 }
 
 async fn renew_certificate(desk: &Desk) -> Result<Value> {
