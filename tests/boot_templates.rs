@@ -5,6 +5,8 @@
 mod checkers;
 #[path = "boot_templates/contexts.rs"]
 mod contexts;
+#[path = "boot_templates/firewall.rs"]
+mod firewall;
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -22,6 +22,7 @@ pub mod main_phase;
 pub mod node;
 pub mod observe;
 pub mod operate;
+pub mod page;
 pub mod patroni;
 pub mod pause;
 pub mod places;
