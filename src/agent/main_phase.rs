@@ -12,7 +12,7 @@ use super::defragment::Defragmenter;
 use super::files::read_bounded;
 use super::node::{Node, lock};
 use super::observe::{Observer, Shared, keep_registration};
-use super::operate::Desk;
+use super::operate::{Desk, end_in_time};
 use super::patroni;
 use super::render::{NodeView, merge_nodes};
 use super::runner::{Retry, Step, Verdict};
@@ -95,6 +95,7 @@ async fn register(node: &mut Node) -> Result<Verdict> {
         tokio::spawn(Defragmenter::new(node).run());
         tokio::spawn(drop_lost_slots(node.board.clone(), list_owners(node)));
         tokio::spawn(keep_backups(Desk::of(node)));
+        tokio::spawn(end_in_time(Desk::of(node)));
     }
     Ok(Verdict::Done)
 }

@@ -113,14 +113,30 @@ pub async fn switch_over(
     to: &str,
     limit: Duration,
 ) -> Result<()> {
-    let url = format!("https://{leader}:{PORT}/switchover");
-    let body = json!({"leader": from, "candidate": to}).to_string();
+    let body = json!({"leader": from, "candidate": to});
+    post(http, leader, secret, "switchover", &body, limit).await
+}
+
+/// Ask a replica's Patroni to delete its data and copy the leader's.
+pub async fn reinitialize(http: &Client, address: Ipv4Addr, secret: &Secret) -> Result<()> {
+    let body = json!({"force": true});
+    post(http, address, secret, "reinitialize", &body, Duration::from_secs(60)).await
+}
+
+async fn post(
+    http: &Client,
+    address: Ipv4Addr,
+    secret: &Secret,
+    path: &str,
+    body: &Value,
+    limit: Duration,
+) -> Result<()> {
     let request = http
-        .post(url)
+        .post(format!("https://{address}:{PORT}/{path}"))
         .basic_auth("patroni", Some(secret.reveal()))
         .timeout(limit)
         .header("content-type", "application/json")
-        .body(body);
+        .body(body.to_string());
     let response =
         request.send().await.map_err(|error| anyhow::anyhow!(describe_transport(&error)))?;
     let status = response.status();

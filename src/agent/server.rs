@@ -233,7 +233,8 @@ async fn show_page(State(answers): State<Answers>) -> Response {
     }
 }
 
-fn make_page(board: &Board, registry: Option<&Registry>) -> Page {
+/// What the agent shows of itself and of the others.
+pub fn make_page(board: &Board, registry: Option<&Registry>) -> Page {
     let nodes = registry.map(|registry| registry.list_nodes().into_values().collect());
     Page { status: board.snapshot(), nodes: nodes.unwrap_or_default() }
 }

@@ -8,6 +8,8 @@ mod doctor;
 mod inspect;
 mod lab;
 mod lock;
+mod maintenance;
+mod node;
 mod operate;
 mod profile;
 mod renew;
@@ -15,6 +17,7 @@ mod restore;
 mod seed;
 mod status;
 mod store;
+mod support_bundle;
 mod switchover;
 
 use std::ffi::OsStr;
@@ -64,6 +67,9 @@ enum Verb {
     RenewCertificate(renew::Args),
     Backup(backup::Args),
     Restore(restore::Args),
+    Maintenance(maintenance::Args),
+    Node(node::Args),
+    SupportBundle(support_bundle::Args),
     Doctor(doctor::Args),
     Lab(lab::Args),
     Store(store::Args),
@@ -128,6 +134,9 @@ pub fn run() -> ExitCode {
         Verb::RenewCertificate(args) => renew::run(&context, args),
         Verb::Backup(args) => backup::run(&context, args),
         Verb::Restore(args) => restore::run(&context, args),
+        Verb::Maintenance(args) => maintenance::run(&context, args),
+        Verb::Node(args) => node::run(&context, args),
+        Verb::SupportBundle(args) => support_bundle::run(&context, args),
         Verb::Doctor(args) => doctor::run(&context, args),
         Verb::Lab(args) => lab::run(&context, args),
         Verb::Store(args) => store::run(&context, args),

@@ -8,9 +8,14 @@
 //! A job goes on when whoever asked for it is gone. What it says are lines for a person;
 //! what comes of it is a value, a refusal that the operator can mend, or a failure.
 
+mod bundle;
 mod cluster_lock;
 mod jobs;
+mod judge_replace;
 mod judge_switchover;
+mod maintenance;
+mod redact;
+mod reinit;
 mod switchover;
 mod write_probe;
 
@@ -19,9 +24,13 @@ use std::sync::Arc;
 use anyhow::Result;
 use serde_json::Value;
 
+pub use bundle::Page as BundlePage;
 pub use cluster_lock::ClusterLock;
 pub use jobs::{Jobs, Outcome, Progress, Say};
+pub use judge_replace::judge_replace;
 pub use judge_switchover::judge_switchover;
+pub use maintenance::{Maintenance, end_in_time};
+pub use redact::Redactor;
 pub use switchover::Switched;
 
 use super::backup;
@@ -74,9 +83,22 @@ pub const BACKUP_LIST: &str = "backup-list";
 pub const BACKUP_DRILL: &str = "backup-drill";
 pub const RESTORE: &str = "restore";
 pub const START_DATABASE: &str = "start-database";
+pub const MAINTENANCE: &str = "maintenance";
+pub const REINIT: &str = "reinit";
+pub const SUPPORT_BUNDLE: &str = "support-bundle";
 
-const VERBS: [&str; 7] =
-    [SWITCHOVER, RENEW_CERTIFICATE, BACKUP, BACKUP_LIST, BACKUP_DRILL, RESTORE, START_DATABASE];
+const VERBS: [&str; 10] = [
+    SWITCHOVER,
+    RENEW_CERTIFICATE,
+    BACKUP,
+    BACKUP_LIST,
+    BACKUP_DRILL,
+    RESTORE,
+    START_DATABASE,
+    MAINTENANCE,
+    REINIT,
+    SUPPORT_BUNDLE,
+];
 
 /// Do what a verb says.
 ///
@@ -91,6 +113,9 @@ pub async fn run_verb(desk: Desk, verb: &str, body: Value, say: Say) -> Result<V
         BACKUP_DRILL => backup::drill(&desk, &say).await,
         RESTORE => backup::restore(&desk, body, &say).await,
         START_DATABASE => backup::start_again(&desk).await,
+        MAINTENANCE => maintenance::maintain(&desk, body, &say).await,
+        REINIT => reinit::reinit(&desk, &say).await,
+        SUPPORT_BUNDLE => bundle::bundle(&desk, &say).await,
         _ => Err(UserError::new("this agent does not know the verb")
             .why(format!("it is of version {}", env!("CARGO_PKG_VERSION")))
             .help("ask with a `stanchion` of the same version")
