@@ -1,5 +1,5 @@
 use std::fs::File;
-use std::io::Write;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
@@ -78,10 +78,20 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
 
 /// All secrets of the cluster, where this machine has its whole directory.
 fn make_redactor(asked: &Asked) -> Redactor {
-    match ClusterDir::open(&asked.dir, &asked.cluster) {
-        Ok(directory) => Redactor::new(directory.secrets.values().map(|secret| secret.reveal())),
-        Err(_) => Redactor::new([]),
+    let mut secrets: Vec<String> = Vec::new();
+    if let Ok(directory) = ClusterDir::open(&asked.dir, &asked.cluster) {
+        secrets.extend(directory.secrets.values().map(|secret| secret.reveal().to_string()));
     }
+    for name in ["ca.key", "operator.key"] {
+        let mut key = String::new();
+        // An operator without the CA has no key of it to leave out.
+        if let Ok(file) = File::open(asked.dir.join(name))
+            && file.take(64 << 10).read_to_string(&mut key).is_ok()
+        {
+            secrets.push(key);
+        }
+    }
+    Redactor::new(secrets.iter().map(String::as_str))
 }
 
 fn gather(
@@ -111,9 +121,8 @@ fn write_archive(out: &Path, folder: &str, files: &[(String, String)], now: u64)
             let path = format!("{folder}/{name}");
             archive.append_data(&mut header, path, text.as_bytes()).context("writing a bundle")?;
         }
-        let mut packed = archive.into_inner().context("writing a bundle")?;
-        packed.try_finish().context("writing a bundle")?;
-        packed.flush().context("writing a bundle")
+        let packed = archive.into_inner().context("writing a bundle")?;
+        packed.finish().map(drop).context("writing a bundle")
     });
     match written {
         Err(error) if is_occupied(&error) => {
