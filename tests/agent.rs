@@ -64,6 +64,7 @@ impl World {
             ntp: Vec::new(),
             nodes: (1..=3).map(node).collect(),
             storage: None,
+            backup: None,
             tuning: Tuning::default(),
         };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();

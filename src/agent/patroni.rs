@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use reqwest::Client;
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -104,6 +104,49 @@ pub async fn reconcile(
     Ok(names)
 }
 
+/// Ask the leader's Patroni to hand over; it answers when it is done.
+pub async fn switch_over(
+    http: &Client,
+    leader: Ipv4Addr,
+    secret: &Secret,
+    from: &str,
+    to: &str,
+    limit: Duration,
+) -> Result<()> {
+    let body = json!({"leader": from, "candidate": to});
+    post(http, leader, secret, "switchover", &body, limit).await
+}
+
+/// Ask a replica's Patroni to delete its data and copy the leader's.
+pub async fn reinitialize(http: &Client, address: Ipv4Addr, secret: &Secret) -> Result<()> {
+    let body = json!({"force": true});
+    post(http, address, secret, "reinitialize", &body, Duration::from_secs(60)).await
+}
+
+async fn post(
+    http: &Client,
+    address: Ipv4Addr,
+    secret: &Secret,
+    path: &str,
+    body: &Value,
+    limit: Duration,
+) -> Result<()> {
+    let request = http
+        .post(format!("https://{address}:{PORT}/{path}"))
+        .basic_auth("patroni", Some(secret.reveal()))
+        .timeout(limit)
+        .header("content-type", "application/json")
+        .body(body.to_string());
+    let response =
+        request.send().await.map_err(|error| anyhow::anyhow!(describe_transport(&error)))?;
+    let status = response.status();
+    if status.is_success() {
+        return Ok(());
+    }
+    let said = response.text().await.unwrap_or_default();
+    bail!("Patroni answers {status}: {}", said.chars().take(300).collect::<String>());
+}
+
 /// What of `wanted` is not in `present`, to be sent as a patch.
 fn find_difference(present: &Value, wanted: &Value) -> Map<String, Value> {
     let mut difference = Map::new();
@@ -180,7 +223,6 @@ async fn knock(address: SocketAddr) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn only_settings_that_differ_are_sent() {

@@ -1,6 +1,7 @@
 //! The command line: clap's types, and one function for each verb.
 
 mod agent;
+mod backup;
 mod build;
 mod cluster;
 mod diff;
@@ -8,10 +9,17 @@ mod doctor;
 mod inspect;
 mod lab;
 mod lock;
+mod maintenance;
+mod node;
+mod operate;
 mod profile;
+mod renew;
+mod restore;
 mod seed;
 mod status;
 mod store;
+mod support_bundle;
+mod switchover;
 mod why;
 
 use std::ffi::OsStr;
@@ -59,6 +67,13 @@ enum Verb {
     Cluster(cluster::Args),
     Seed(seed::Args),
     Status(status::Args),
+    Switchover(switchover::Args),
+    RenewCertificate(renew::Args),
+    Backup(backup::Args),
+    Restore(restore::Args),
+    Maintenance(maintenance::Args),
+    Node(node::Args),
+    SupportBundle(support_bundle::Args),
     Doctor(doctor::Args),
     Lab(lab::Args),
     Store(store::Args),
@@ -121,6 +136,13 @@ pub fn run() -> ExitCode {
             Ok(code) => return code,
             Err(error) => Err(error),
         },
+        Verb::Switchover(args) => switchover::run(&context, args),
+        Verb::RenewCertificate(args) => renew::run(&context, args),
+        Verb::Backup(args) => backup::run(&context, args),
+        Verb::Restore(args) => restore::run(&context, args),
+        Verb::Maintenance(args) => maintenance::run(&context, args),
+        Verb::Node(args) => node::run(&context, args),
+        Verb::SupportBundle(args) => support_bundle::run(&context, args),
         Verb::Doctor(args) => doctor::run(&context, args),
         Verb::Lab(args) => lab::run(&context, args),
         Verb::Store(args) => store::run(&context, args),

@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result};
 
 use crate::cluster_dir::{self, ClusterDir};
-use crate::config::cluster::{Cluster, Ipv4Network, Node, Role, Tuning, check_rules};
+use crate::config::cluster::{Backup, Cluster, Ipv4Network, Node, Role, Tuning, check_rules};
 use crate::error::UserError;
 use crate::seed::issue_seed;
 
@@ -48,6 +48,7 @@ pub fn plan_cluster(
         ntp: Vec::new(),
         nodes: (1..=u32::from(count)).map(node).collect(),
         storage: None,
+        backup: None,
         tuning: Tuning::default(),
     };
     check_rules(&cluster).map_err(|fault| {
@@ -61,6 +62,11 @@ pub fn plan_cluster(
         }
     })?;
     Ok(cluster)
+}
+
+/// Backups in the directory that the lab shares among its nodes.
+pub fn plan_backup() -> Backup {
+    Backup { directory: Some("/var/backups/stanchion".to_string()), keep: Backup::KEEP }
 }
 
 /// The cluster as a cluster file.
@@ -81,6 +87,10 @@ pub fn write_file(cluster: &Cluster) -> Result<String> {
             quote(&node.zone),
             quote(&node.profile)
         )?;
+    }
+    if let Some(backup) = &cluster.backup {
+        let backup = toml::to_string(backup).context("writing the cluster file")?;
+        write!(text, "\n[backup]\n{backup}")?;
     }
     let tuning = toml::to_string(&cluster.tuning).context("writing the cluster file")?;
     write!(text, "\n[tuning]\n{tuning}")?;

@@ -9,7 +9,6 @@ pub mod console;
 pub mod ledger;
 mod network;
 mod nspawn;
-pub mod postgres_tls;
 pub mod probe;
 mod process;
 mod root;
@@ -34,7 +33,7 @@ use crate::config::cluster::{Cluster, Ipv4Network};
 use crate::error::{UserError, find_nearest};
 use crate::store;
 
-pub use cluster::plan_cluster;
+pub use cluster::{plan_backup, plan_cluster};
 pub use network::find_operator;
 pub use nspawn::{Nspawn, serve_if_asked};
 pub use process::Process;
@@ -279,6 +278,7 @@ impl Lab {
             group,
             machine: node.machine.clone(),
             hostname: node.name.clone(),
+            shares: self.share_backups()?,
             credentials: credentials
                 .into_iter()
                 .filter(|(_, path)| path.exists())
@@ -288,6 +288,17 @@ impl Lab {
         nspawn::launch(&self.program, &order)
             .with_context(|| format!("starting node `{}`", node.name))
             .map(drop)
+    }
+
+    /// The folder that stands for what is mounted on all nodes to hold their backups.
+    fn share_backups(&self) -> Result<Vec<(PathBuf, String)>> {
+        let backup = self.state.cluster.as_ref().and_then(|cluster| cluster.backup.as_ref());
+        let Some(at) = backup.and_then(|backup| backup.directory.clone()) else {
+            return Ok(Vec::new());
+        };
+        let folder = self.folder.backups();
+        fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+        Ok(vec![(folder, at)])
     }
 
     /// Ask a node to power off, and wait until it has; one that is down stays so.

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use stanchion::agent::tls::Tls;
+use stanchion::command::Command;
 use stanchion::config::Project;
 use stanchion::config::cluster::Cluster;
 use stanchion::error::UserError;
@@ -47,6 +48,30 @@ pub struct Ha {
     secrets: std::collections::BTreeMap<String, Secret>,
     runtime: tokio::runtime::Runtime,
     _folder: TempDir,
+}
+
+/// What came of a verb.
+pub struct Operated {
+    pub code: Option<i32>,
+    pub text: String,
+}
+
+impl Operated {
+    /// The event of this name, of a verb that has worked.
+    #[track_caller]
+    pub fn expect(&self, event: &str) -> Value {
+        assert_eq!(self.code, Some(0), "{}", self.text);
+        let events = self.text.lines().filter_map(|line| serde_json::from_str(line).ok());
+        let mut found = events.filter(|found: &Value| found["event"] == event);
+        found.next().unwrap_or_else(|| panic!("no {event} in {}", self.text))
+    }
+
+    /// It was refused, and said this.
+    #[track_caller]
+    pub fn expect_refusal(&self, why: &str) {
+        assert_eq!(self.code, Some(2), "{}", self.text);
+        assert!(self.text.contains(why), "no {why:?} in {}", self.text);
+    }
 }
 
 impl Drop for Ha {
@@ -126,6 +151,31 @@ impl Ha {
         let _turn = wait_turn();
         self.start_all();
         self.wait_until_whole();
+    }
+
+    /// Run one of the operator's verbs in the lab's network, to its end.
+    pub fn operate(&self, args: &[&str]) -> Operated {
+        let command = self.describe_verb(args);
+        let (status, output) = self.lab.enter_network(|| command.run_any()).unwrap().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        eprintln!("{args:?}: {status}\n{text}{}", String::from_utf8_lossy(&output.stderr));
+        Operated { code: status.code(), text }
+    }
+
+    /// Start one of them, and do not wait for it.
+    pub fn spawn(&self, args: &[&str]) -> std::process::Child {
+        let nowhere = std::process::Stdio::null;
+        let command = self.describe_verb(args).output_to(nowhere(), nowhere());
+        self.lab.spawn_inside(command).unwrap()
+    }
+
+    fn describe_verb(&self, args: &[&str]) -> Command {
+        Command::new(image::PROGRAM)
+            .args(args)
+            .args(["--project", env!("CARGO_MANIFEST_DIR"), "--json", "--cluster"])
+            .arg(self.lab.secrets().with_file_name("cluster.toml"))
+            .arg("--dir")
+            .arg(self.lab.secrets())
     }
 
     pub fn start_all(&self) {

@@ -74,6 +74,18 @@ pub fn read_listing(answer: &Value) -> Result<Listing> {
     })
 }
 
+/// A part of a snapshot, and how many bytes are to come.
+pub fn read_blob(line: &[u8]) -> Result<(Vec<u8>, u64)> {
+    let answer: Value = serde_json::from_slice(line).context("reading a snapshot's JSON")?;
+    if let Some(error) = answer.get("error") {
+        bail!("etcd ends the snapshot: {}", error["message"].as_str().unwrap_or("no reason given"));
+    }
+    let result = &answer["result"];
+    let blob = BASE64_STANDARD.decode(result["blob"].as_str().unwrap_or(""));
+    // A number that is zero is left out.
+    Ok((blob.context("reading base64")?, read_u64(&result["remaining_bytes"]).unwrap_or(0)))
+}
+
 pub fn read_events(line: &[u8]) -> Result<Vec<Event>> {
     let answer: Value = serde_json::from_slice(line).context("reading a watch's JSON")?;
     if let Some(error) = answer.get("error") {

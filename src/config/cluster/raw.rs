@@ -20,6 +20,7 @@ pub(super) struct RawCluster {
     #[serde(default)]
     pub node: Vec<RawNode>,
     pub storage: Option<RawStorage>,
+    pub backup: Option<Spanned<RawBackup>>,
     pub certificate: Option<RawCertificate>,
     #[serde(default)]
     pub tuning: RawTuning,
@@ -40,6 +41,13 @@ pub(super) struct RawStorage {
     pub endpoint: Text,
     pub bucket: Text,
     pub region: Text,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table such as [backup]")]
+pub(super) struct RawBackup {
+    pub directory: Option<Text>,
+    pub keep: Option<Spanned<u32>>,
 }
 
 #[derive(Deserialize)]

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 
 use super::raw::{RawCluster, RawTuning};
 use super::rules::{Fault, Place, check_rules};
-use super::{CertificateFiles, Cluster, Node, ObjectStorage, Role, Tuning};
+use super::{Backup, CertificateFiles, Cluster, Node, ObjectStorage, Role, Tuning};
 use crate::config::Project;
 use crate::config::raw::Text;
 use crate::config::source::{Source, quote};
@@ -92,6 +92,13 @@ fn read_values(source: &Source, raw: RawCluster, project: &Project) -> Result<Cl
             endpoint: storage.endpoint.into_inner(),
             bucket: storage.bucket.into_inner(),
             region: storage.region.into_inner(),
+        }),
+        backup: raw.backup.map(|backup| {
+            let backup = backup.into_inner();
+            Backup {
+                directory: backup.directory.map(Text::into_inner),
+                keep: backup.keep.map_or(Backup::KEEP, toml::Spanned::into_inner),
+            }
         }),
         tuning: read_tuning(source, &raw.tuning)?,
     })
@@ -177,6 +184,12 @@ fn list_spans(raw: &RawCluster) -> BTreeMap<Place, Range<usize>> {
         put("storage.endpoint", 0, storage.endpoint.span());
         put("storage.bucket", 0, storage.bucket.span());
         put("storage.region", 0, storage.region.span());
+    }
+    if let Some(backup) = &raw.backup {
+        put("backup", 0, backup.span());
+        let inner = backup.get_ref();
+        inner.directory.iter().for_each(|text| put("backup.directory", 0, text.span()));
+        inner.keep.iter().for_each(|number| put("backup.keep", 0, number.span()));
     }
     let tuning = &raw.tuning;
     for (key, number) in [
