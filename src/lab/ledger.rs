@@ -14,7 +14,7 @@ use tokio::time::{sleep, timeout};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{AsyncMessage, Client, Config};
 
-use super::postgres_tls::Connector;
+use crate::agent::postgres_tls::Connector;
 use super::timeline::Timeline;
 
 /// Between two writes.

@@ -35,13 +35,14 @@ fn make_cluster(name: &str) -> Cluster {
         ntp: vec![],
         nodes: vec![node(1, &all), node(2, &all), node(3, &all), node(4, &[Role::Cache])],
         storage: None,
+        external: Default::default(),
         tuning: Tuning::default(),
     }
 }
 
 fn make_directory(cluster: &str) -> ClusterDir {
     let (authority, ca) = Authority::make(cluster, NOW).unwrap();
-    ClusterDir { authority, ca: ca.certificate, secrets: make_secrets().unwrap() }
+    ClusterDir { authority, ca: ca.certificate, secrets: make_secrets(&make_cluster(cluster), &BTreeMap::new()).unwrap() }
 }
 
 /// The seed of the node `n1` in a cluster, and its directory.
