@@ -207,8 +207,7 @@ impl Registry {
                 *at = *since;
             }
         }
-        let differs =
-            !same_views(&before, &content.nodes) || maintained != content.maintenance;
+        let differs = !same_views(&before, &content.nodes) || maintained != content.maintenance;
         drop(content);
         if differs {
             self.changed.notify_one();
@@ -251,8 +250,7 @@ impl Registry {
         match self.split(&entry.key) {
             // Whatever it says, it is there.
             None if self.is_maintenance(&entry.key) => {
-                content.maintenance =
-                    Some(serde_json::from_str(&entry.value).unwrap_or_default());
+                content.maintenance = Some(serde_json::from_str(&entry.value).unwrap_or_default());
             }
             Some(("nodes", name)) => {
                 // Configuration is made of it: what does not fit is not taken.

@@ -97,9 +97,9 @@ impl Facts {
                 "user": postgres.user, "ca_file": file(POSTGRES_CA),
             })
         });
-        let redis = external.redis.as_ref().map(|redis| {
-            json!({"host": redis.host, "port": redis.port, "ca_file": file(REDIS_CA)})
-        });
+        let redis = external.redis.as_ref().map(
+            |redis| json!({"host": redis.host, "port": redis.port, "ca_file": file(REDIS_CA)}),
+        );
         let secrets: BTreeMap<&str, &str> =
             seed.secrets.iter().map(|(name, secret)| (name.as_str(), secret.reveal())).collect();
         Ok(json!({

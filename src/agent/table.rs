@@ -162,7 +162,16 @@ fn make_row(node: &Node, registered: Option<&Registration>, answer: Option<&Answ
 /// The table as text: a line for each node, then in words what is wrong and with whom.
 pub fn show_table(table: &Table) -> String {
     let head = [
-        "node", "zone", "roles", "phase", "ready", "etcd", "PostgreSQL", "lag", "Redis", "NetBox",
+        "node",
+        "zone",
+        "roles",
+        "phase",
+        "ready",
+        "etcd",
+        "PostgreSQL",
+        "lag",
+        "Redis",
+        "NetBox",
         "VIP",
     ];
     let mut lines = vec![head.map(str::to_string).to_vec()];

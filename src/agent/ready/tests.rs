@@ -44,6 +44,7 @@ fn well(cluster: &Cluster) -> Observed {
         postgres: String::new(),
         lag: None,
         redis: String::new(),
+        web: String::new(),
         vip: node.name == "n2",
     };
     Observed {

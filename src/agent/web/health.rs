@@ -77,10 +77,11 @@ impl Health {
     /// Why this node does not serve; empty when it does.
     pub fn list_reasons(&self) -> Vec<String> {
         let seen = lock(&self.seen);
-        let part = |(name, patience, problem): &(&'static str, Duration, Option<(String, Instant)>)| {
-            let problem = problem.as_ref().map(|(text, since)| (text.clone(), since.elapsed()));
-            Part { name, problem, patience: *patience }
-        };
+        let part =
+            |(name, patience, problem): &(&'static str, Duration, Option<(String, Instant)>)| {
+                let problem = problem.as_ref().map(|(text, since)| (text.clone(), since.elapsed()));
+                Part { name, problem, patience: *patience }
+            };
         let parts: Vec<Part> = seen.parts.iter().map(part).collect();
         judge(seen.prepared, &parts)
     }
@@ -99,9 +100,9 @@ impl Health {
             .map(|(name, patience, result)| {
                 let old = before.iter().find(|(known, ..)| *known == name);
                 let since = old.and_then(|(_, _, problem)| problem.as_ref().map(|(_, at)| *at));
-                let problem = result.err().map(|error| {
-                    (format!("{error:#}"), since.unwrap_or_else(Instant::now))
-                });
+                let problem = result
+                    .err()
+                    .map(|error| (format!("{error:#}"), since.unwrap_or_else(Instant::now)));
                 (name, patience, problem)
             })
             .collect();
@@ -142,8 +143,7 @@ async fn limit<T>(limit: Duration, work: impl Future<Output = Result<T>>) -> Res
 async fn look_at_netbox(web: &Web) -> Result<()> {
     let inner = &web.inner;
     let (socket, host) = (inner.places.join(SOCKET), &inner.seed.cluster.domain);
-    let (status, _) =
-        ask_socket(&socket, "/login/", host).await.context("it does not answer")?;
+    let (status, _) = ask_socket(&socket, "/login/", host).await.context("it does not answer")?;
     ensure!(status < 500, "it answers {status}");
     Ok(())
 }
@@ -265,7 +265,15 @@ mod tests {
             let result = || if problem { Err(anyhow::anyhow!("no")) } else { Ok(()) };
             let zero = Duration::ZERO;
             let late = Duration::from_millis(30);
-            health.note(true, [("a", late, result()), ("b", zero, Ok(())), ("c", zero, Ok(())), ("d", zero, Ok(()))]);
+            health.note(
+                true,
+                [
+                    ("a", late, result()),
+                    ("b", zero, Ok(())),
+                    ("c", zero, Ok(())),
+                    ("d", zero, Ok(())),
+                ],
+            );
         };
         note(true);
         assert!(health.list_reasons().is_empty());

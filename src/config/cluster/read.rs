@@ -11,8 +11,8 @@ use anyhow::{Context, Result};
 use super::raw::{RawCluster, RawExternal, RawTuning};
 use super::rules::{Fault, Place, check_rules};
 use super::{
-    CertificateFiles, Cluster, External, ExternalPostgres, ExternalRedis, Node, ObjectStorage, Role,
-    Tuning,
+    CertificateFiles, Cluster, External, ExternalPostgres, ExternalRedis, Node, ObjectStorage,
+    Role, Tuning,
 };
 use crate::config::Project;
 use crate::config::raw::Text;

@@ -295,9 +295,8 @@ fn check_storage(storage: &ObjectStorage) -> Checked {
 }
 
 fn check_external(external: &External) -> Checked {
-    let is_host = |host: &str| {
-        host.len() <= 253 && (is_domain(host) || host.parse::<Ipv4Addr>().is_ok())
-    };
+    let is_host =
+        |host: &str| host.len() <= 253 && (is_domain(host) || host.parse::<Ipv4Addr>().is_ok());
     let check_host = |key, host: &str| match is_host(host) {
         true => Ok(()),
         false => Err(Fault::new(key, 0, format!("bad host {}", quote(host)))
