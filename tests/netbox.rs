@@ -61,8 +61,9 @@ fn create(tarball: &std::path::Path) -> Option<Ha> {
         let mut known = cluster.clone();
         known.nodes.retain(|node| node.name != FOURTH);
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let now = now.unwrap().as_secs();
         for node in &known.nodes {
-            let seed = issue_seed(&known, node, &directory, None, now.unwrap().as_secs());
+            let seed = issue_seed(&known, node, &directory, None, now);
             lab.set_seed(&node.name, Some(&seed.unwrap())).unwrap();
         }
     };
@@ -94,7 +95,7 @@ fn netbox_serves_from_three_nodes_whatever_happens_to_one() {
     share_a_picture(&ha, &mut user);
     kill_a_node(&ha, &mut user);
     ask_users_to_wait(&ha, &mut user);
-    join_a_fourth(&ha, &mut user);
+    join_a_fourth(&ha, &user);
     leave_again(&ha, &mut user);
 }
 
@@ -287,13 +288,14 @@ fn count_sent(ha: &Ha, edge: &str, node: &str) -> Option<u64> {
     figures.lines().find_map(|line| line.strip_prefix(&name)?.trim().parse().ok())
 }
 
-fn join_a_fourth(ha: &Ha, user: &mut Netbox) {
+fn join_a_fourth(ha: &Ha, user: &Netbox) {
     let began = Instant::now();
     ha.lab.start(FOURTH).unwrap();
     ha.wait_for("the fourth node serves", LOGIN, || (count_serving(ha) == 4).then_some(()));
     let edge = ha.wait_for("an edge has the VIP", WHOLE, || ha.find_vip_holder());
     ha.wait_for("the fourth node takes requests", WHOLE, || {
         for _ in 0..8 {
+            let mut user = user.clone();
             ask(ha, async { user.get("/api/status/").await }).ok()?;
         }
         (count_sent(ha, &edge, FOURTH)? > 0).then_some(())
