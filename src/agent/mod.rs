@@ -23,6 +23,7 @@ pub mod observe;
 pub mod patroni;
 pub mod pause;
 pub mod places;
+pub mod postgres_tls;
 pub mod pre_start;
 pub mod ready;
 pub mod redis;
@@ -37,6 +38,7 @@ pub mod systemd;
 pub mod table;
 pub mod tls;
 pub mod watch_leader;
+pub mod web;
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;

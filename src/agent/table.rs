@@ -43,6 +43,7 @@ pub struct Row {
     /// Bytes of the leader's log that it has not replayed.
     pub lag: Option<u64>,
     pub redis: String,
+    pub web: String,
     pub vip: bool,
     pub version: String,
     /// Why it did not answer, when it was asked and did not.
@@ -116,6 +117,7 @@ fn make_row(node: &Node, registered: Option<&Registration>, answer: Option<&Answ
         postgres: String::new(),
         lag: None,
         redis: String::new(),
+        web: String::new(),
         vip: false,
         version: String::new(),
         silent: None,
@@ -130,6 +132,7 @@ fn make_row(node: &Node, registered: Option<&Registration>, answer: Option<&Answ
         row.postgres = told.postgres.clone();
         row.lag = told.lag;
         row.redis = told.redis.clone();
+        row.web = told.web.clone();
         row.vip = told.vip;
         row.version = told.version.clone();
         row.reasons = told.reasons.clone();
@@ -158,8 +161,19 @@ fn make_row(node: &Node, registered: Option<&Registration>, answer: Option<&Answ
 
 /// The table as text: a line for each node, then in words what is wrong and with whom.
 pub fn show_table(table: &Table) -> String {
-    let head =
-        ["node", "zone", "roles", "phase", "ready", "etcd", "PostgreSQL", "lag", "Redis", "VIP"];
+    let head = [
+        "node",
+        "zone",
+        "roles",
+        "phase",
+        "ready",
+        "etcd",
+        "PostgreSQL",
+        "lag",
+        "Redis",
+        "NetBox",
+        "VIP",
+    ];
     let mut lines = vec![head.map(str::to_string).to_vec()];
     lines[0].push("version".to_string());
     lines.extend(table.nodes.iter().map(list_cells));
@@ -193,7 +207,7 @@ fn list_cells(row: &Row) -> Vec<String> {
         (None, None) => "not there",
     };
     let lag = row.lag.map_or(String::new(), show_bytes);
-    let cells: [&str; 11] = [
+    let cells: [&str; 12] = [
         &row.name,
         &row.zone,
         &roles.join(","),
@@ -203,6 +217,7 @@ fn list_cells(row: &Row) -> Vec<String> {
         &row.postgres,
         &lag,
         &row.redis,
+        &row.web,
         if row.vip { "here" } else { "" },
         &row.version,
     ];

@@ -14,8 +14,8 @@ use tokio::time::{sleep, timeout};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{AsyncMessage, Client, Config};
 
-use super::postgres_tls::Connector;
 use super::timeline::Timeline;
+use crate::agent::postgres_tls::Connector;
 
 /// Between two writes.
 const PAUSE: Duration = Duration::from_millis(50);

@@ -9,7 +9,6 @@ pub mod console;
 pub mod ledger;
 mod network;
 mod nspawn;
-pub mod postgres_tls;
 pub mod probe;
 mod process;
 mod root;

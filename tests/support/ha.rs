@@ -72,7 +72,7 @@ impl Ha {
         let image = image::provide_node(&[set::LAB])?;
         let nspawn = Nspawn::find_on_host()
             .unwrap_or_else(|| Nspawn::Tools(image.tools[0].root().to_path_buf()));
-        let project = Project::find(env!("CARGO_MANIFEST_DIR").as_ref()).unwrap();
+        let project = Project::find(&image::project("node")).unwrap();
         let roles = project.load_profile("node").unwrap().roles();
         let network = "10.89.0.0/24".parse().unwrap();
         let mut cluster = plan_cluster(name, network, 3, "node", &roles).unwrap();

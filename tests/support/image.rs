@@ -34,7 +34,8 @@ pub fn provide(sets: &[&str]) -> Option<&'static Image> {
     show_skipped(IMAGE.get_or_init(|| prepare(PROFILE, sets)))
 }
 
-/// The image of all roles, likewise.
+/// The image of all roles but web, likewise: its profile is `node` without the layers that
+/// need NetBox, which not every machine can have.
 pub fn provide_node(sets: &[&str]) -> Option<&'static Image> {
     static IMAGE: OnceLock<Result<Image, String>> = OnceLock::new();
     show_skipped(IMAGE.get_or_init(|| prepare("node", sets)))
@@ -73,6 +74,9 @@ fn prepare(profile: &str, sets: &[&str]) -> Result<Image, String> {
     // A copy, because a lock whose packages have left the mirror is renewed.
     let folder = project(profile);
     copy_project(&folder);
+    if profile == "node" {
+        leave_web_out(&folder);
+    }
     let project = Project::find(&folder).unwrap();
     let loaded = project.load_profile(profile).unwrap();
     let fetch = || -> anyhow::Result<Vec<Tools>> {
@@ -111,6 +115,19 @@ pub fn copy_project(to: &Path) {
     for name in ["layers", "profiles", "stanchion.lock"] {
         copy_tree(&from.join(name), &to.join(name));
     }
+}
+
+/// Layers of the role web in the profile `node`.
+const WEB_LAYERS: [&str; 3] = ["web-proxy", "nginx", "netbox"];
+
+/// Take the role web from the profile `node` of a copy.
+fn leave_web_out(folder: &Path) {
+    let path = folder.join("profiles/node.toml");
+    let text = fs::read_to_string(&path).unwrap();
+    let is_web = |line: &str| WEB_LAYERS.iter().any(|layer| line.trim() == format!("\"{layer}\","));
+    let kept: Vec<&str> = text.lines().filter(|line| !is_web(line)).collect();
+    assert_eq!(kept.len() + WEB_LAYERS.len(), text.lines().count(), "{text}");
+    fs::write(&path, kept.join("\n") + "\n").unwrap();
 }
 
 fn copy_tree(from: &Path, to: &Path) {

@@ -21,6 +21,7 @@ fn cluster(zones: [&str; 3]) -> Cluster {
         ntp: Vec::new(),
         nodes: (1u8..).zip(zones).map(|(n, zone)| node(n, zone)).collect(),
         storage: None,
+        external: Default::default(),
         tuning: Tuning::default(),
     }
 }
@@ -43,6 +44,7 @@ fn well(cluster: &Cluster) -> Observed {
         postgres: String::new(),
         lag: None,
         redis: String::new(),
+        web: String::new(),
         vip: node.name == "n2",
     };
     Observed {

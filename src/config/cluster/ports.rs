@@ -48,13 +48,14 @@ const WEB: Side = Nodes(Role::Web);
 const EDGE: Side = Nodes(Role::Edge);
 
 /// Port (0 for none), protocol, to, from, purpose.
-const WAYS: [(u16, Protocol, Side, &[Side], &str); 18] = [
+const WAYS: [(u16, Protocol, Side, &[Side], &str); 19] = [
     (2379, Tcp, DB, &[Network], "etcd, for its clients"),
     (2380, Tcp, DB, &[DB], "etcd, among its members"),
     (5432, Tcp, DB, &[DB, WEB, EDGE], "PostgreSQL"),
     (8008, Tcp, DB, &[DB, WEB, EDGE], "Patroni"),
     (6380, Tcp, CACHE, &[CACHE, WEB, EDGE], "Redis"),
     (26379, Tcp, CACHE, &[CACHE, EDGE], "Sentinel"),
+    (8443, Tcp, WEB, &[EDGE], "NetBox, behind the edges"),
     (80, Tcp, EDGE, &[Clients], "HTTP, sent on to 443"),
     (443, Tcp, EDGE, &[Clients], "HTTPS"),
     (5433, Tcp, EDGE, &[Clients], "PostgreSQL: the leader"),
