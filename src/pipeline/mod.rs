@@ -288,6 +288,10 @@ pub fn handle_job(
     inside: &mut Inside,
 ) -> Result<serde_json::Value> {
     let sealed = match job {
+        python::PIP_JOB => {
+            let output = python::run_job(&serde_json::from_value(input)?, inside)?;
+            return Ok(output.into());
+        }
         stage::STAGE_JOB => {
             stage_jobs::build_stage(&serde_json::from_value(input)?, inside)?;
             return Ok(serde_json::Value::Null);

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::source::Source;
 use super::unpacked::provide_tools;
@@ -18,11 +18,13 @@ use crate::config::layer::Layer;
 use crate::digest::Digest;
 use crate::error::UserError;
 use crate::lock::{Lock, LockedDistribution, LockedPython, PythonRequest};
-use crate::sandbox::{Bind, Program, Sandbox, Spec};
+use crate::sandbox::{Inside, Program, Sandbox, Spec};
 use crate::tools;
 
-/// Where pip sees certificates.
-const CERTIFICATES: &str = "/run/stanchion/certificates.pem";
+pub const PIP_JOB: &str = "python/pip";
+
+/// Where pip, and Debian's patched certifi, see certificates.
+const CERTIFICATES: &str = "/etc/ssl/certs/ca-certificates.crt";
 const REQUIREMENTS: &str = "/requirements.txt";
 const DOWNLOADS: &str = "/downloads";
 /// What of the environment says how to reach an index.
@@ -236,13 +238,14 @@ fn run_pip(
         }
     }
     fs::write(upper.join(&REQUIREMENTS[1..]), requirements).context("writing requirements")?;
-    let bundle = find_bundle(scratch.path(), tools.root())?;
+    let bundle = upper.join(&CERTIFICATES[1..]);
+    fs::create_dir_all(bundle.parent().unwrap_or(&upper)).context("making /etc/ssl")?;
+    fs::write(&bundle, read_bundle(tools.root())?).context("writing certificates")?;
     let spec = Spec {
         lower: vec![tools.root().to_path_buf()],
         upper: Some(upper),
         work: Some(folder("work")?),
         merged: Some(folder("merged")?),
-        binds: vec![Bind { from: bundle, to: CERTIFICATES.into(), read_only: true }],
         env: list_environment(),
         network: true,
         ..Spec::default()
@@ -254,19 +257,31 @@ fn run_pip(
         // pip's own store of certificates would be asked beside the bundle.
         .args(["--use-deprecated=legacy-certs", "--quiet", "--no-input", "--no-cache-dir"])
         .args(["--no-build-isolation", "--disable-pip-version-check"])
-        .args(["--root-user-action=ignore", "--progress-bar=off"]);
-    let text = Sandbox::default().read(&spec, &program).map_err(|error| explain(error, what))?;
-    Ok((text, scratch))
+        .args(["--progress-bar=off"])
+        .env("PIP_ROOT_USER_ACTION", "ignore");
+    let job = serde_json::to_value(PipJob { program, what: what.to_string() })?;
+    let text = Sandbox::default().start(&spec, PIP_JOB, job, &mut |_| ())?;
+    Ok((serde_json::from_value(text).context("reading pip's output")?, scratch))
 }
 
-fn explain(error: anyhow::Error, what: &str) -> anyhow::Error {
-    match error.downcast_ref::<Failed>() {
-        Some(failed) => UserError::new(what)
+/// What a sandbox with pip does.
+#[derive(Serialize, Deserialize)]
+pub struct PipJob {
+    program: Program,
+    /// What it means when pip fails.
+    what: String,
+}
+
+/// Run pip inside of the sandbox; its standard output.
+pub fn run_job(job: &PipJob, inside: &Inside) -> Result<String> {
+    let ran = inside.run(&job.program).map_err(|error| match error.downcast_ref::<Failed>() {
+        Some(failed) => UserError::new(&job.what)
             .why(failed.tail.clone())
             .help("look at the requirements in layer.toml, and at the network; pip's own variables (PIP_INDEX_URL, …) hold here too")
             .into(),
-        None => error.context(what.to_string()),
-    }
+        None => error.context(job.what.clone()),
+    });
+    Ok(String::from_utf8_lossy(&ran?.stdout).into_owned())
 }
 
 /// Links that a configured Debian has.
@@ -281,20 +296,18 @@ fn link_merged(upper: &Path, tools: &Path) -> Result<()> {
 }
 
 /// The host's certificates, or else Debian's.
-fn find_bundle(scratch: &Path, tools: &Path) -> Result<PathBuf> {
+fn read_bundle(tools: &Path) -> Result<Vec<u8>> {
     let named = BUNDLE_VARIABLES.iter().filter_map(std::env::var_os).map(PathBuf::from);
     let known = BUNDLES.iter().map(PathBuf::from);
     if let Some(bundle) = named.chain(known).find(|path| path.is_file()) {
-        return Ok(bundle.canonicalize()?);
+        return fs::read(&bundle).with_context(|| format!("reading {}", bundle.display()));
     }
     let folder = tools.join("usr/share/ca-certificates/mozilla");
     let mut bundle = Vec::new();
     for entry in fs::read_dir(&folder).context("listing Debian's certificates")? {
         bundle.extend(fs::read(entry?.path()).context("reading Debian's certificates")?);
     }
-    let path = scratch.join("certificates.pem");
-    fs::write(&path, bundle).context("writing certificates")?;
-    Ok(path)
+    Ok(bundle)
 }
 
 /// pip's variables and the proxies, as the host has them. Paths of the host mean nothing

@@ -56,8 +56,12 @@ pub struct KeepJob {
 const WHEELS: &str = "/var/tmp/stanchion-wheels";
 
 /// Bytecode and sets come out the same on every run, and none is written on the side.
-const PYTHON_ENV: [(&str, &str); 3] =
-    [("PYTHONDONTWRITEBYTECODE", "1"), ("PYTHONHASHSEED", "0"), ("PIP_CONFIG_FILE", "/dev/null")];
+const PYTHON_ENV: [(&str, &str); 4] = [
+    ("PYTHONDONTWRITEBYTECODE", "1"),
+    ("PYTHONHASHSEED", "0"),
+    ("PIP_CONFIG_FILE", "/dev/null"),
+    ("PIP_ROOT_USER_ACTION", "ignore"),
+];
 
 pub fn build_stage(job: &StageJob, inside: &mut Inside) -> Result<()> {
     let root = inside.root()?;
@@ -119,7 +123,6 @@ fn make_environment(
             "--no-deps",
             "--no-cache-dir",
             "--disable-pip-version-check",
-            "--root-user-action=ignore",
         ])
     };
     let sources = environment.distributions.iter().filter(|one| one.is_source);
