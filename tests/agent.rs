@@ -69,7 +69,7 @@ impl World {
         };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
         let secrets = folder.path().join("secrets");
-        make_directory(&secrets, &cluster, now).unwrap();
+        make_directory(&secrets, &cluster, &Default::default(), now).unwrap();
         let directory = ClusterDir::open(&secrets, &cluster).unwrap();
         let bin = folder.path().join("bin");
         fs::create_dir(&bin).unwrap();

@@ -74,7 +74,7 @@ fn make_seed(folder: &Path) -> (Cluster, Vec<u8>) {
     let cluster = plan_cluster("alone", network, 1, "db", &[Role::Db]).unwrap();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
     let path = folder.join("alone");
-    make_directory(&path, &cluster, now).unwrap();
+    make_directory(&path, &cluster, &Default::default(), now).unwrap();
     let directory = ClusterDir::open(&path, &cluster).unwrap();
     let seed = issue_seed(&cluster, &cluster.nodes[0], &directory, None, now).unwrap();
     (cluster, seed)

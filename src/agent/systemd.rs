@@ -43,6 +43,11 @@ pub async fn stop_unit(unit: &str) -> Result<()> {
     run_systemctl(&["stop", unit]).await.map(drop)
 }
 
+/// Ask systemd to stop a unit, without waiting until it is down.
+pub async fn stop_unit_later(unit: &str) -> Result<()> {
+    run_systemctl(&["stop", "--no-block", unit]).await.map(drop)
+}
+
 /// Restart a unit, and wait until it is up.
 pub async fn restart_unit(unit: &str) -> Result<()> {
     run_systemctl(&["restart", unit]).await.map(drop)

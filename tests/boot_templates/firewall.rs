@@ -43,6 +43,8 @@ fn make_cluster() -> Cluster {
         ntp: Vec::new(),
         nodes: roles.iter().enumerate().map(node).collect(),
         storage: None,
+        backup: None,
+        external: Default::default(),
         tuning: Tuning::default(),
     }
 }
