@@ -140,8 +140,8 @@ fn gather_a_bundle(ha: &Ha) {
         &found.unwrap_or_else(|| panic!("no {end} in the bundle")).1
     };
     assert!(find("n1/journal.txt").contains("planted"));
-    assert!(find("n1/journal.txt").contains("found <[left out]>"));
-    assert!(find("n2/etc/patroni/config.yml").contains("password: [left out]"));
+    assert!(find("n1/journal.txt").contains("found <[LEFT-OUT]>"));
+    assert!(find("n2/etc/patroni/config.yml").contains("password: \"[LEFT-OUT]\""));
     assert!(find("n3/status.json").contains("\"ready\": true"));
     assert!(find("status.txt").contains("operate: 3 of 3 nodes are ready"));
 }

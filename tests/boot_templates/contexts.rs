@@ -99,6 +99,10 @@ pub fn describe(kind: &Kind) -> Value {
             "dns": if kind.single { json!([]) } else { json!(["10.9.0.253", "2001:db8::1"]) },
             "ntp": if kind.single { json!([]) } else { json!(["ntp.example.org"]) },
             "single": kind.single,
+            "backup": match kind.single {
+                true => Value::Null,
+                false => json!({"directory": "/var/backups/stanchion", "keep": 4}),
+            },
         },
         "nodes": nodes,
         "db_nodes": nodes,

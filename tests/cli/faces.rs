@@ -3,7 +3,7 @@
 
 use crate::project::{Project, can_build, take_turn};
 
-const VERBS: [&[&str]; 32] = [
+const VERBS: [&[&str]; 45] = [
     &[],
     &["build"],
     &["lock"],
@@ -17,6 +17,19 @@ const VERBS: [&[&str]; 32] = [
     &["cluster", "init"],
     &["seed"],
     &["status"],
+    &["switchover"],
+    &["renew-certificate"],
+    &["backup"],
+    &["backup", "list"],
+    &["backup", "verify"],
+    &["restore"],
+    &["maintenance"],
+    &["maintenance", "on"],
+    &["maintenance", "off"],
+    &["node"],
+    &["node", "replace"],
+    &["node", "reinit"],
+    &["support-bundle"],
     &["doctor"],
     &["store"],
     &["store", "gc"],

@@ -38,6 +38,7 @@ fn every_key_is_documented_and_every_documented_key_exists() {
     for (table, header) in [
         ("node", "[[node]]"),
         ("storage", "[storage]"),
+        ("backup", "[backup]"),
         ("certificate", "[certificate]"),
         ("tuning", "[tuning]"),
     ] {

@@ -33,6 +33,7 @@ pub fn list_checks(cluster: &Cluster) -> Vec<Check> {
     checks.extend(Role::ALL.into_iter().filter_map(|role| check_role(cluster, role)));
     checks.push(check_zones(cluster));
     checks.extend([check_addresses(cluster), check_storage(cluster), check_time(cluster)]);
+    checks.extend(check_backup(cluster));
     checks.extend(list_open(cluster));
     checks
 }
@@ -146,9 +147,25 @@ fn check_storage(cluster: &Cluster) -> Check {
         }
         None => warn(
             "storage",
-            "no [storage]: media and backups lie on the nodes alone and are not highly available",
+            "no [storage]: media lie on the nodes alone and are not highly available",
         ),
     }
+}
+
+fn check_backup(cluster: &Cluster) -> Option<Check> {
+    if cluster.list_nodes(Role::Db).next().is_none() {
+        return None;
+    }
+    Some(match &cluster.backup {
+        None => warn("backup", "no [backup]: what all nodes lose together is lost for ever"),
+        Some(backup) => {
+            let place = match &backup.directory {
+                Some(directory) => format!("what is mounted at {directory} on the db nodes"),
+                None => "the bucket, encrypted".to_string(),
+            };
+            verify("backup", format!("weekly, daily and all the time, to {place}"))
+        }
+    })
 }
 
 fn check_time(cluster: &Cluster) -> Check {
