@@ -43,6 +43,7 @@ fn make_cluster() -> Cluster {
         ntp: Vec::new(),
         nodes: roles.iter().enumerate().map(node).collect(),
         storage: None,
+        backup: None,
         tuning: Tuning::default(),
     }
 }

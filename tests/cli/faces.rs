@@ -3,7 +3,7 @@
 
 use crate::project::{Project, can_build, take_turn};
 
-const VERBS: [&[&str]; 45] = [
+const VERBS: [&[&str]; 46] = [
     &[],
     &["build"],
     &["lock"],
@@ -29,6 +29,7 @@ const VERBS: [&[&str]; 45] = [
     &["node"],
     &["node", "replace"],
     &["node", "reinit"],
+    &["node", "force-quorum"],
     &["support-bundle"],
     &["doctor"],
     &["store"],
