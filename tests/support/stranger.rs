@@ -14,7 +14,7 @@ use rustls::{ClientConfig, RootCertStore};
 use stanchion::config::cluster::Cluster;
 use stanchion::config::cluster::ports::{Protocol, Side, list_ports};
 use stanchion::lab::ledger::Target;
-use stanchion::lab::postgres_tls::Connector;
+use stanchion::agent::postgres_tls::Connector;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
