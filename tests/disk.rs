@@ -18,8 +18,9 @@ use stanchion::disk::region::Region;
 use stanchion::disk::uki;
 use stanchion::disk::verity::{build_tree, hash_leaves};
 use stanchion::disk::{MIB, Plan, assemble_disk};
-use stanchion::output::inspect::{Unpacker, inspect};
+use stanchion::output::inspect::inspect;
 use stanchion::output::qcow2;
+use stanchion::output::raw_image::Unpacker;
 use stanchion::tools::Tools;
 use tools::find_tools;
 

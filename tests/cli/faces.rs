@@ -3,14 +3,16 @@
 
 use crate::project::{Project, can_build, take_turn};
 
-const VERBS: [&[&str]; 46] = [
+const VERBS: [&[&str]; 0] = [
     &[],
     &["build"],
     &["lock"],
     &["inspect"],
+    &["diff"],
     &["profile"],
     &["profile", "list"],
     &["profile", "show"],
+    &["why"],
     &["cluster"],
     &["cluster", "new"],
     &["cluster", "check"],
