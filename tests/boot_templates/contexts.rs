@@ -46,7 +46,7 @@ pub fn list_kinds() -> Vec<Kind> {
 }
 
 /// Secrets and the roles whose nodes get them; `fingerprint` is for all.
-const SECRETS: [(&str, &[&str]); 9] = [
+const SECRETS: [(&str, &[&str]); 12] = [
     ("postgres_superuser", &["db"]),
     ("postgres_replication", &["db"]),
     ("postgres_rewind", &["db"]),
@@ -56,6 +56,9 @@ const SECRETS: [(&str, &[&str]); 9] = [
     ("sentinel", &["cache", "edge"]),
     ("keepalived", &["edge"]),
     ("haproxy_stats", &["edge"]),
+    ("s3_access_key", &["db", "web"]),
+    ("s3_secret_key", &["db", "web"]),
+    ("backup_cipher", &["db"]),
 ];
 
 /// The variables of the templates. A node knows no secret that its roles do not need, and
@@ -99,9 +102,11 @@ pub fn describe(kind: &Kind) -> Value {
             "dns": if kind.single { json!([]) } else { json!(["10.9.0.253", "2001:db8::1"]) },
             "ntp": if kind.single { json!([]) } else { json!(["ntp.example.org"]) },
             "single": kind.single,
-            "backup": match kind.single {
-                true => Value::Null,
-                false => json!({"directory": "/var/backups/stanchion", "keep": 4}),
+            "storage": {"endpoint": "https://s3.example.org:9000", "bucket": "b", "region": "r"},
+            "backup": match (kind.single, kind.profile) {
+                (true, _) => Value::Null,
+                (_, "db") => json!({"directory": null, "keep": 8}),
+                _ => json!({"directory": "/var/backups/stanchion", "keep": 4}),
             },
         },
         "nodes": nodes,
