@@ -43,6 +43,7 @@ fn an_operator_does_what_is_safe_and_nothing_else() {
     gather_a_bundle(&ha);
     take_data_anew(&ha);
     replace_a_node(&ha);
+    lose_two_for_ever(&ha);
 }
 
 /// A node's certificate is good for its own work, and for no verb.
@@ -140,8 +141,8 @@ fn gather_a_bundle(ha: &Ha) {
         &found.unwrap_or_else(|| panic!("no {end} in the bundle")).1
     };
     assert!(find("n1/journal.txt").contains("planted"));
-    assert!(find("n1/journal.txt").contains("found <[left out]>"));
-    assert!(find("n2/etc/patroni/config.yml").contains("password: [left out]"));
+    assert!(find("n1/journal.txt").contains("found <[LEFT-OUT]>"));
+    assert!(find("n2/etc/patroni/config.yml").contains("password: \"[LEFT-OUT]\""));
     assert!(find("n3/status.json").contains("\"ready\": true"));
     assert!(find("status.txt").contains("operate: 3 of 3 nodes are ready"));
 }
@@ -196,4 +197,34 @@ fn replace_a_node(ha: &Ha) {
         eprintln!("{lost} was a whole member {:.1} s after", done["seconds"].as_f64().unwrap());
     });
     ha.wait_for("whole after it", WHOLE, || ha.is_whole().then_some(()));
+}
+
+/// Two of three are gone with their disks: etcd goes on from the third, and nothing that was
+/// acknowledged is lost when that one has it.
+fn lose_two_for_ever(ha: &Ha) {
+    let leader = ha.wait_for("a leader", WHOLE, || ha.find_leader());
+    let force = ["node", "force-quorum", &leader, "--yes"];
+    ha.operate(&force).expect_refusal("it has a majority");
+    let ledger = ha.write();
+    ledger.wait_for_write(Duration::from_secs(30)).unwrap();
+    let record = ledger.stop();
+    for other in ha.others(&leader) {
+        ha.lab.kill(other).unwrap();
+    }
+    let lives = ha.others(&leader)[0].to_string();
+    ha.lab.start(&lives).unwrap();
+    ha.wait_for("the other's agent answers", WHOLE, || ha.get_status(&lives).map(drop));
+    let refused = ha.operate(&force);
+    assert_eq!(refused.code, Some(2), "{}", refused.text);
+    ha.lab.kill(&lives).unwrap();
+    for other in ha.others(&leader) {
+        ha.lab.destroy(other).unwrap();
+    }
+    let done = || (ha.operate(&force).code == Some(0)).then_some(());
+    ha.wait_for("etcd goes on alone", WHOLE, done);
+    for other in ha.others(&leader) {
+        ha.lab.start(other).unwrap();
+    }
+    ha.wait_for("whole with fresh machines", WHOLE, || ha.is_whole().then_some(()));
+    assert_eq!(ha.find_lost(&record), [0_i64; 0]);
 }

@@ -9,7 +9,7 @@ use super::Context;
 use super::cluster::read_clock;
 use super::operate::{Asked, Consent, Place, list_registered, show_progress, show_result};
 use super::seed::{Form, find_node, make_folder, write_seed};
-use crate::agent::operate::{REINIT, judge_replace};
+use crate::agent::operate::{FORCE_QUORUM, REINIT, judge_replace};
 use crate::agent::registry::Registration;
 use crate::agent::table::Answer;
 use crate::cluster_dir::ClusterDir;
@@ -38,6 +38,18 @@ enum Verb {
 
 Refused while the node runs, while it leads PostgreSQL, and where the others have no majority.")]
     Replace(Replace),
+    /// Let etcd go on from this node alone, when its majority is lost for ever
+    #[command(after_help = "Example: stanchion node force-quorum n1
+
+Refused while there is a majority, and while another db node lives that has etcd's data.")]
+    ForceQuorum {
+        /// A db node that has its disk: best PostgreSQL's leader
+        node: String,
+        #[command(flatten)]
+        consent: Consent,
+        #[command(flatten)]
+        place: Place,
+    },
     /// Delete a replica's data, and copy the leader's
     #[command(after_help = "Example: stanchion node reinit n3 --yes")]
     Reinit {
@@ -72,6 +84,23 @@ struct Replace {
 pub fn run(context: &Context, args: Args) -> Result<()> {
     match args.verb {
         Verb::Replace(args) => replace(context, args),
+        Verb::ForceQuorum { node, consent, place } => {
+            let asked = place.open(context)?;
+            let node = find_node(&asked.cluster, &node)?;
+            let what = format!(
+                "etcd goes on from {} alone; all its other members must be gone FOR EVER.",
+                node.name
+            );
+            consent.ask(context, &what)?;
+            let value = asked.run(context, node, FORCE_QUORUM, &json!({}))?;
+            let sentence = format!(
+                "etcd has {} as its only member; boot fresh machines with seeds of \
+                 `stanchion seed` for the others",
+                node.name
+            );
+            show_result(context, "node_force_quorum", &value, &sentence);
+            Ok(())
+        }
         Verb::Reinit { node, consent, place } => {
             let asked = place.open(context)?;
             let node = find_node(&asked.cluster, &node)?;

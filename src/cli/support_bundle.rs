@@ -36,6 +36,9 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
     let now = read_clock()?;
     let name = format!("support-{}-{now}", asked.cluster.name);
     let out = args.out.unwrap_or_else(|| PathBuf::from(format!("{name}.tar.gz")));
+    if out.exists() {
+        return Err(refuse_second(&out).into());
+    }
     let redactor = make_redactor(&asked);
     let answers = asked.ask_all()?;
     let table = make_table(&asked.cluster.name, &asked.cluster.nodes, &answers);
@@ -126,12 +129,15 @@ fn write_archive(out: &Path, folder: &str, files: &[(String, String)], now: u64)
     });
     match written {
         Err(error) if is_occupied(&error) => {
-            let what = format!("{} exists already", out.display());
-            return Err(UserError::new(what).help("name another file with --out").into());
+            return Err(refuse_second(out).into());
         }
         written => written?,
     }
     Ok(std::fs::metadata(out).context("looking at the bundle")?.len())
+}
+
+fn refuse_second(out: &Path) -> UserError {
+    UserError::new(format!("{} exists already", out.display())).help("name another file with --out")
 }
 
 #[cfg(test)]

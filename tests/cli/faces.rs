@@ -3,7 +3,7 @@
 
 use crate::project::{Project, can_build, take_turn};
 
-const VERBS: [&[&str]; 34] = [
+const VERBS: [&[&str]; 48] = [
     &[],
     &["build"],
     &["lock"],
@@ -19,6 +19,20 @@ const VERBS: [&[&str]; 34] = [
     &["cluster", "init"],
     &["seed"],
     &["status"],
+    &["switchover"],
+    &["renew-certificate"],
+    &["backup"],
+    &["backup", "list"],
+    &["backup", "verify"],
+    &["restore"],
+    &["maintenance"],
+    &["maintenance", "on"],
+    &["maintenance", "off"],
+    &["node"],
+    &["node", "replace"],
+    &["node", "reinit"],
+    &["node", "force-quorum"],
+    &["support-bundle"],
     &["doctor"],
     &["store"],
     &["store", "gc"],

@@ -22,7 +22,7 @@ mod scratch;
 mod take;
 
 pub use clock::{format_utc, parse_time};
-pub use drill::{Drilled, drill};
+pub use drill::{Drilled, drill, remove_folder};
 pub use info::{Backup, Info};
 pub use plan::{Target, choose_backup};
 pub use restore::{Planned, Record, Stage, restore, start_again, withhold};

@@ -10,6 +10,7 @@
 
 mod bundle;
 mod cluster_lock;
+mod force_quorum;
 mod jobs;
 mod judge_replace;
 mod judge_switchover;
@@ -86,8 +87,9 @@ pub const START_DATABASE: &str = "start-database";
 pub const MAINTENANCE: &str = "maintenance";
 pub const REINIT: &str = "reinit";
 pub const SUPPORT_BUNDLE: &str = "support-bundle";
+pub const FORCE_QUORUM: &str = "force-quorum";
 
-const VERBS: [&str; 10] = [
+const VERBS: [&str; 11] = [
     SWITCHOVER,
     RENEW_CERTIFICATE,
     BACKUP,
@@ -98,6 +100,7 @@ const VERBS: [&str; 10] = [
     MAINTENANCE,
     REINIT,
     SUPPORT_BUNDLE,
+    FORCE_QUORUM,
 ];
 
 /// Do what a verb says.
@@ -116,6 +119,7 @@ pub async fn run_verb(desk: Desk, verb: &str, body: Value, say: Say) -> Result<V
         MAINTENANCE => maintenance::maintain(&desk, body, &say).await,
         REINIT => reinit::reinit(&desk, &say).await,
         SUPPORT_BUNDLE => bundle::bundle(&desk, &say).await,
+        FORCE_QUORUM => force_quorum::force_quorum(&desk, &say).await,
         _ => Err(UserError::new("this agent does not know the verb")
             .why(format!("it is of version {}", env!("CARGO_PKG_VERSION")))
             .help("ask with a `stanchion` of the same version")

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use base64::Engine;
 use base64::prelude::{BASE64_STANDARD_NO_PAD, BASE64_URL_SAFE_NO_PAD};
 
-const LEFT_OUT: &str = "[left out]";
+const LEFT_OUT: &str = "[LEFT-OUT]";
 /// Shorter values would be found by chance.
 const SHORTEST: usize = 8;
 /// What follows one of these is no business of a reader's.
@@ -160,17 +160,17 @@ mod tests {
     fn keys_and_unknown_passwords_are_left_out() {
         let redactor = Redactor::new([]);
         let pem = "a\n-----BEGIN PRIVATE KEY-----\nMIGHAgEA\n-----END PRIVATE KEY-----\nb\n";
-        assert_eq!(redactor.redact(pem), "a\n[left out]\n[left out]\nb\n");
+        assert_eq!(redactor.redact(pem), "a\n[LEFT-OUT]\n[LEFT-OUT]\nb\n");
         for (line, clean) in [
-            ("  password: hunter2\n", "  password: [left out]\n"),
-            ("requirepass hunter2", "requirepass [left out]"),
+            ("  password: hunter2\n", "  password: [LEFT-OUT]\n"),
+            ("requirepass hunter2", "requirepass [LEFT-OUT]"),
             (
                 "{\"secret_key\": \"hunter2\", \"a\": 1}",
-                "{\"secret_key\": \"[left out]\", \"a\": 1}",
+                "{\"secret_key\": \"[LEFT-OUT]\", \"a\": 1}",
             ),
-            ("repo1-cipher-pass=hunter2\n", "repo1-cipher-pass=[left out]\n"),
-            ("alter role x SCRAM-SHA-256$4096:a$b:c\n", "alter role x [left out]\n"),
-            ("connect postgres://a:b@h/x now", "connect [left out] now"),
+            ("repo1-cipher-pass=hunter2\n", "repo1-cipher-pass=[LEFT-OUT]\n"),
+            ("alter role x SCRAM-SHA-256$4096:a$b:c\n", "alter role x [LEFT-OUT]\n"),
+            ("connect postgres://a:b@h/x now", "connect [LEFT-OUT] now"),
             ("nothing here\n", "nothing here\n"),
             ("password\n", "password\n"),
         ] {
