@@ -24,3 +24,5 @@ mod server;
 mod shell;
 #[path = "cli/stores.rs"]
 mod stores;
+#[path = "cli/why.rs"]
+mod why;

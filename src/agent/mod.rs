@@ -20,6 +20,7 @@ pub mod join_act;
 pub mod main_phase;
 pub mod node;
 pub mod observe;
+pub mod page;
 pub mod patroni;
 pub mod pause;
 pub mod places;

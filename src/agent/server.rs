@@ -4,7 +4,7 @@
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use axum::Router;
@@ -23,10 +23,12 @@ use tokio_rustls::server::TlsStream;
 use super::board::{Board, Status, StepOutcome, log};
 use super::join_act::answer_bootstrap;
 use super::node::Node;
+use super::page::{POLICY, write_page};
 use super::places::Places;
 use super::registry::{Registration, Registry};
 use super::render::make_plan;
 use super::site::Site;
+use super::table::{Answer, make_table};
 use crate::error::UserError;
 
 pub const PORT: u16 = 7443;
@@ -47,6 +49,7 @@ struct Answers {
     http: reqwest::Client,
     node: Arc<str>,
     plan: Arc<str>,
+    vip: Option<Ipv4Addr>,
 }
 
 /// What `status` shows: this node in detail, the others as they registered.
@@ -66,11 +69,13 @@ pub async fn serve(node: &Node) -> Result<()> {
         http: node.http.clone(),
         node: node.entry.name.as_str().into(),
         plan: make_plan(&node.seed).into(),
+        vip: node.seed.cluster.vip,
     };
     let health =
         Router::new().route("/healthz", get(tell_health)).route("/readyz", get(tell_ready));
     let all = health
         .clone()
+        .route("/", get(show_page))
         .route("/status", get(tell_status))
         .route("/bootstrap", get(tell_bootstrap))
         .route("/metrics", get(tell_metrics))
@@ -160,6 +165,27 @@ async fn tell_ready(State(answers): State<Answers>) -> Response {
 
 async fn tell_status(State(answers): State<Answers>) -> Json<Page> {
     Json(make_page(&answers.board, Some(&answers.registry)))
+}
+
+/// The cluster at a glance, for a browser.
+async fn show_page(State(answers): State<Answers>) -> Response {
+    let page = make_page(&answers.board, Some(&answers.registry));
+    let (cluster, members) = (page.status.cluster.clone(), page.status.members.clone());
+    let asked = [(answers.node.to_string(), Answer::Page(Box::new(page)))].into();
+    let table = make_table(&cluster, &members, &asked);
+    let vip = answers.vip.map(|vip| vip.to_string());
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let headers = [
+        (header::CONTENT_TYPE, "text/html; charset=utf-8"),
+        (header::CONTENT_SECURITY_POLICY, POLICY),
+        (header::CACHE_CONTROL, "no-store"),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+    ];
+    match write_page(&table, vip.as_deref(), &answers.node, now) {
+        Ok(text) => (headers, text).into_response(),
+        Err(error) => fail(&error),
+    }
 }
 
 fn make_page(board: &Board, registry: Option<&Registry>) -> Page {

@@ -3,6 +3,7 @@
 mod agent;
 mod build;
 mod cluster;
+mod diff;
 mod doctor;
 mod inspect;
 mod lab;
@@ -11,6 +12,7 @@ mod profile;
 mod seed;
 mod status;
 mod store;
+mod why;
 
 use std::ffi::OsStr;
 use std::io::Write;
@@ -51,7 +53,9 @@ enum Verb {
     Build(build::Args),
     Lock(lock::Args),
     Inspect(inspect::Args),
+    Diff(diff::Args),
     Profile(profile::Args),
+    Why(why::Args),
     Cluster(cluster::Args),
     Seed(seed::Args),
     Status(status::Args),
@@ -108,7 +112,9 @@ pub fn run() -> ExitCode {
         Verb::Build(args) => build::run(&context, args),
         Verb::Lock(args) => lock::run(&context, args),
         Verb::Inspect(args) => inspect::run(&context, args),
+        Verb::Diff(args) => diff::run(&context, args),
         Verb::Profile(args) => profile::run(&context, args),
+        Verb::Why(args) => why::run(&context, args),
         Verb::Cluster(args) => cluster::run(&context, args),
         Verb::Seed(args) => seed::run(&context, args),
         Verb::Status(args) => match status::run(&context, args) {

@@ -12,6 +12,7 @@ mod sets;
 mod source;
 mod templates;
 mod unpacked;
+mod why;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -36,6 +37,7 @@ pub use locking::{Failures, lock_path, prepare_lock, relock};
 pub use manifest::{InnerManifest, Manifest, OutputEntry};
 pub use source::{FetchOptions, Source};
 pub use unpacked::provide_tools;
+pub use why::explain_presence;
 
 #[derive(Debug, Clone)]
 pub struct BuildOptions {

@@ -3,14 +3,16 @@
 
 use crate::project::{Project, can_build, take_turn};
 
-const VERBS: [&[&str]; 32] = [
+const VERBS: [&[&str]; 34] = [
     &[],
     &["build"],
     &["lock"],
     &["inspect"],
+    &["diff"],
     &["profile"],
     &["profile", "list"],
     &["profile", "show"],
+    &["why"],
     &["cluster"],
     &["cluster", "new"],
     &["cluster", "check"],

@@ -43,12 +43,10 @@ pub struct Listing {
 pub struct MemberStatus {
     pub member: u64,
     pub leader: u64,
-    pub version: String,
     /// Bytes on disk, and bytes in use.
     pub size: u64,
     pub in_use: u64,
     pub learner: bool,
-    pub errors: Vec<String>,
 }
 
 /// A transaction's outcome.

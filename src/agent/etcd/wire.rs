@@ -116,15 +116,12 @@ pub fn read_members(answer: &Value) -> Result<Live> {
 }
 
 pub fn read_status(answer: &Value) -> Result<MemberStatus> {
-    let errors = answer["errors"].as_array().map(Vec::as_slice).unwrap_or_default();
     Ok(MemberStatus {
         member: read_u64(&answer["header"]["member_id"]).context("reading the member's id")?,
         leader: read_u64(&answer["leader"]).unwrap_or(0),
-        version: answer["version"].as_str().unwrap_or("").to_string(),
         size: read_u64(&answer["dbSize"]).unwrap_or(0),
         in_use: read_u64(&answer["dbSizeInUse"]).unwrap_or(0),
         learner: answer["isLearner"].as_bool().unwrap_or(false),
-        errors: errors.iter().filter_map(|e| e.as_str().map(String::from)).collect(),
     })
 }
 

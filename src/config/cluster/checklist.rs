@@ -153,7 +153,10 @@ fn check_storage(cluster: &Cluster) -> Check {
 
 fn check_time(cluster: &Cluster) -> Check {
     match cluster.ntp.as_slice() {
-        [] => warn("clocks", "no `ntp`: nothing keeps the nodes' clocks together"),
+        [] => warn(
+            "clocks",
+            "no `ntp`: the nodes' clocks agree with each other, but with nobody else's",
+        ),
         servers => verify("clocks", format!("kept by {}", servers.join(", "))),
     }
 }
