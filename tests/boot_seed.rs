@@ -138,6 +138,7 @@ fn expect_cluster_of_one(cluster: &Cluster, console: &str) {
     assert!(answer("address").contains(&format!("{address}/24")), "{}", answer("address"));
     // Patroni holds it, and it fires before the lease of the leader has ended.
     assert_eq!(answer("watchdog"), "i6300ESB timer|active|15");
+    assert!(!answer("status").contains("watchdog:"), "{}", answer("status"));
     assert_eq!(answer("failed"), "");
 }
 

@@ -231,6 +231,7 @@ async fn catch_up(node: &mut Node) -> Result<()> {
     }
     check_clock_again(node).await;
     tell_expiry(node)?;
+    tell_watchdog(node);
     // What could not start for a file that was refused may do so now.
     rest_worker(node).await?;
     let units = node.list_wanted();
@@ -258,6 +259,19 @@ fn tell_expiry(node: &Node) -> Result<()> {
         node.board.warn(THING, format!("this node's certificate expires in {days} days: {help}"));
     }
     Ok(())
+}
+
+/// Patroni takes a watchdog where there is one. Without it, only the other nodes notice that
+/// Patroni stands still beside a PostgreSQL that goes on.
+fn tell_watchdog(node: &Node) {
+    const THING: &str = "watchdog";
+    if node.places.join("/dev/watchdog").exists() || !node.has(Role::Db) {
+        node.board.forget_warning(THING);
+    } else {
+        let text = "this machine has none: nothing restarts it should Patroni stand still while \
+                    it leads; give it one, such as QEMU's i6300esb";
+        node.board.warn(THING, text.to_string());
+    }
 }
 
 /// A clock that was not right when the node started may be so by now.

@@ -30,6 +30,13 @@ pub fn look_at_services(ha: &Ha) {
         look_at_names(ha, ha.lab.address(node).unwrap());
         look_at_figures(ha, node);
     }
+    for node in ha.nodes() {
+        // A container has none, and Patroni does without.
+        let page = ha.get_status(node).unwrap();
+        assert!(page["warnings"]["watchdog"].is_string(), "{page}");
+        let config = ha.run(node, &["cat", "/etc/patroni/config.yml"]);
+        assert!(config.contains("watchdog:\n  mode: automatic\n"), "{node}");
+    }
     look_at_names(ha, ha.vip());
     look_at_agents(ha);
     look_at_statistics(ha);

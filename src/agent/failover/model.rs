@@ -191,11 +191,9 @@ impl Model {
             Act::ToggleAgent(node) => self.has_agent[node] = !self.has_agent[node],
             Act::ToggleCut(node) => self.cut[node] = !self.cut[node],
             Act::Execute(node) => self.execute(node),
-            Act::Expire => {
-                // Patroni steps down before its lease ends.
-                if self.leader.is_some_and(|(holder, _)| !self.servers[holder].leads) {
-                    self.leader = None;
-                }
+            // Patroni steps down before its lease ends.
+            Act::Expire if self.leader.is_some_and(|(holder, _)| !self.servers[holder].leads) => {
+                self.leader = None;
             }
             Act::Take(node) => self.take(node),
             Act::Promote(node) => self.promote(node),
@@ -208,9 +206,9 @@ impl Model {
             Act::ReadSync(node) if self.is_connected(node) => {
                 self.servers[node].read = self.sync.revision;
             }
-            Act::DropStandby(node) if self.servers[node].leads => {
+            Act::DropStandby(node) => {
                 // First there, then here: else it would acknowledge alone what `/sync` denies.
-                if self.write_sync(node, None) {
+                if self.servers[node].leads && self.write_sync(node, None) {
                     self.servers[node].waits_for = None;
                 }
             }
