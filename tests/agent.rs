@@ -64,6 +64,7 @@ impl World {
             ntp: Vec::new(),
             nodes: (1..=3).map(node).collect(),
             storage: None,
+            external: Default::default(),
             backup: None,
             tuning: Tuning::default(),
         };
