@@ -245,3 +245,143 @@ impl LockedDistribution {
         !self.file.ends_with(".whl")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::lock::FILE_NAME;
+
+    fn artifact(url: &str) -> ArtifactRequest {
+        ArtifactRequest {
+            layer: "netbox".into(),
+            name: "netbox".into(),
+            url: url.into(),
+            sha256: Digest::of(b"declared"),
+        }
+    }
+
+    fn python(requirements: &[&str]) -> PythonRequest {
+        PythonRequest {
+            layer: "netbox".into(),
+            path: "/opt/venv".into(),
+            requirements: requirements.iter().map(|text| text.to_string()).collect(),
+        }
+    }
+
+    fn distribution(name: &str, file: &str) -> LockedDistribution {
+        LockedDistribution {
+            name: name.into(),
+            version: "1.0".into(),
+            file: file.into(),
+            sha256: Digest::of(file.as_bytes()),
+        }
+    }
+
+    fn empty() -> Lock {
+        Lock {
+            version: 1,
+            epoch: 0,
+            suites: Vec::new(),
+            packages: Vec::new(),
+            sets: Vec::new(),
+            artifacts: Vec::new(),
+            pythons: Vec::new(),
+        }
+    }
+
+    fn full() -> Lock {
+        let mut lock = empty();
+        lock.put_artifact(&artifact("https://example.org/a"), Digest::of(b"given"));
+        let files =
+            [distribution("b", "b-1.0.tar.gz"), distribution("a-c", "a_c-1.0-py3-none-any.whl")];
+        lock.put_python(&python(&["b==1.0"]), files.to_vec());
+        lock
+    }
+
+    #[test]
+    fn what_is_from_outside_survives_the_file_sorted_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE_NAME);
+        let lock = full();
+        assert_eq!(lock.pythons[0].distributions[0].name, "a-c");
+        lock.save(&path).unwrap();
+        assert_eq!(Lock::load(&path).unwrap().as_ref(), Some(&lock));
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(!text.contains("://"), "{text}");
+        empty().save(&path).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(!text.contains("artifact") && !text.contains("python"), "{text}");
+    }
+
+    #[test]
+    fn an_answer_holds_until_the_layer_asks_for_something_else() {
+        let mut lock = full();
+        let same = OutsideRequests {
+            artifacts: vec![artifact("https://example.org/a")],
+            pythons: vec![python(&["b==1.0"])],
+        };
+        assert!(lock.find_stale_outside(&same).is_empty());
+        assert_eq!(lock.find_artifact(&same.artifacts[0]).unwrap().sha256, Digest::of(b"given"));
+        let other = OutsideRequests {
+            artifacts: vec![artifact("https://example.org/b")],
+            pythons: vec![python(&["b==1.1"])],
+        };
+        assert_eq!(lock.find_stale_outside(&other), ["artifact netbox", "Python in /opt/venv"]);
+        lock.put_artifact(&other.artifacts[0], Digest::of(b"declared"));
+        lock.put_python(&other.pythons[0], vec![]);
+        assert!(lock.find_stale_outside(&other).is_empty());
+        assert_eq!((lock.artifacts.len(), lock.pythons.len()), (1, 1));
+        lock.prune_outside(&OutsideRequests::default());
+        assert_eq!(lock, empty());
+    }
+
+    #[test]
+    fn changes_are_told_by_layer_and_name() {
+        let changes: Vec<String> = full().compare(&empty()).iter().map(Change::to_string).collect();
+        let digest = Digest::of(b"given").short();
+        assert_eq!(
+            changes,
+            [
+                format!("artifact netbox {digest} added"),
+                "netbox/a-c 1.0 added".into(),
+                "netbox/b 1.0 added".into(),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_lock_that_somebody_has_edited_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE_NAME);
+        full().save(&path).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        for (from, to) in [
+            ("b-1.0.tar.gz", "../b-1.0.tar.gz"),
+            ("b-1.0.tar.gz", "/etc/b.zip"),
+            ("b-1.0.tar.gz", "b-1.0.exe"),
+            ("b-1.0.tar.gz", "b 1.0.tar.gz"),
+            ("name = \"b\"", "name = \"a-c\""),
+            ("name = \"b\"", "name = \"-r x\""),
+            ("version = \"1.0\"", "version = \"1.0 --pre\""),
+            ("sha256 = \"", "sha256 = \"x"),
+        ] {
+            let hostile = text.replace(from, to);
+            assert_ne!(hostile, text, "{from}");
+            std::fs::write(&path, hostile).unwrap();
+            let error = Lock::load(&path).unwrap_err();
+            assert_eq!(crate::error::exit_code(&error), 2, "{error:#}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn names_of_files_never_lead_anywhere(file in "[a-z./ \\\\\n%-]{0,12}(\\.whl|\\.zip)?") {
+            let distribution = LockedDistribution { file: file.clone(), ..distribution("a", "a.whl") };
+            if distribution.check().is_ok() {
+                prop_assert!(!file.contains(['/', '\\', ' ', '\n', '%']) && !file.starts_with('.'));
+            }
+        }
+    }
+}

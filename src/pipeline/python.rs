@@ -324,3 +324,42 @@ fn list_environment() -> BTreeMap<String, String> {
         .filter(|(name, value)| is_passed(name, value))
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::exit_code;
+
+    /// What is made of one entry of pip's report.
+    fn read(name: &str, url: &str, hashes: &str) -> Result<LockedDistribution> {
+        let entry = format!(
+            r#"{{"download_info": {{"url": "{url}", "archive_info": {{"hash": "x", "hashes": {hashes}}}}}, "is_direct": false, "metadata": {{"name": "{name}", "version": "1.0+local", "summary": "x"}}}}"#
+        );
+        read_installed(&serde_json::from_str(&entry)?)
+    }
+
+    #[test]
+    fn of_pips_report_the_lock_keeps_no_places() {
+        let digest = Digest::of(b"x");
+        let hashes = format!(r#"{{"md5": "y", "sha256": "{digest}"}}"#);
+        let read = |url: &str| read("Some_Name", url, &hashes);
+        let distribution =
+            read("https://example.org/a/b/some_name-1.0%2Blocal-py3-none-any.whl#sha256=1?x")
+                .unwrap();
+        assert_eq!(distribution.name, "some-name");
+        assert_eq!(distribution.file, "some_name-1.0+local-py3-none-any.whl");
+        assert_eq!(distribution.sha256, digest);
+        for hostile in ["https://example.org/", "https://example.org/a%2F..%2Fb.whl", "x/.whl", ""]
+        {
+            assert!(read(hostile).is_err(), "{hostile}");
+        }
+    }
+
+    #[test]
+    fn an_index_without_digests_is_the_users_to_mend() {
+        for hashes in ["{}", r#"{"md5": "y"}"#, r#"{"sha256": "short"}"#] {
+            let error = read("a", "https://example.org/a.whl", hashes).unwrap_err();
+            assert_eq!(exit_code(&error), 2, "{error:#}");
+        }
+    }
+}
