@@ -4,7 +4,7 @@
 //! It needs NetBox's source, which not every machine can fetch: `STANCHION_TEST_NETBOX` names
 //! the tarball.
 
-#[path = "netbox/client.rs"]
+#[path = "web/client.rs"]
 mod client;
 #[allow(dead_code, reason = "other tests steer the cluster elsewhere")]
 #[path = "support/ha.rs"]
