@@ -34,10 +34,10 @@ pub struct Ha {
     pub lab: Lab,
     pub cluster: Cluster,
     places: Places,
-    tls: Tls,
+    pub tls: Tls,
     pems: [Vec<u8>; 3],
     secrets: std::collections::BTreeMap<String, Secret>,
-    runtime: tokio::runtime::Runtime,
+    pub runtime: tokio::runtime::Runtime,
     _folder: TempDir,
 }
 
@@ -65,14 +65,27 @@ impl Ha {
         edit: impl FnOnce(&mut Cluster),
         arm: impl FnOnce(&Lab, &Cluster),
     ) -> Option<Self> {
+        let image = image::provide_node(&[set::LAB])?;
+        Self::create_of(name, image, "node", &[], edit, arm)
+    }
+
+    /// The same, of an image of the profile `node` in the copy `project`, and of others by
+    /// their profile.
+    pub fn create_of(
+        name: &str,
+        image: &'static image::Image,
+        project: &str,
+        others: &[(&str, &'static image::Image)],
+        edit: impl FnOnce(&mut Cluster),
+        arm: impl FnOnce(&Lab, &Cluster),
+    ) -> Option<Self> {
         if let Err(error) = check_host() {
             eprintln!("skipped: {error:#}");
             return None;
         }
-        let image = image::provide_node(&[set::LAB])?;
         let nspawn = Nspawn::find_on_host()
             .unwrap_or_else(|| Nspawn::Tools(image.tools[0].root().to_path_buf()));
-        let project = Project::find(&image::project("node")).unwrap();
+        let project = Project::find(&image::project(project)).unwrap();
         let roles = project.load_profile("node").unwrap().roles();
         let network = "10.89.0.0/24".parse().unwrap();
         let mut cluster = plan_cluster(name, network, 3, "node", &roles).unwrap();
@@ -80,7 +93,10 @@ impl Ha {
         let folder = tempfile::tempdir_in(image::scratch()).unwrap();
         let places =
             Places { labs: folder.path().join("stanchion/labs"), program: image::PROGRAM.into() };
-        let spec = Spec::of_cluster(name, nspawn, cluster.clone(), |_| image.raw.clone());
+        let spec = Spec::of_cluster(name, nspawn, cluster.clone(), |profile| {
+            let other = others.iter().find(|(name, _)| *name == profile);
+            other.map_or(&image.raw, |(_, other)| &other.raw).clone()
+        });
         let lab = match Lab::create(&places, &spec) {
             Ok(lab) => lab,
             Err(error) => match error.downcast_ref::<UserError>() {
@@ -119,7 +135,7 @@ impl Ha {
         self.cluster.vip.unwrap()
     }
 
-    fn secret(&self, name: &str) -> String {
+    pub fn secret(&self, name: &str) -> String {
         self.secrets[name].reveal().to_string()
     }
 
@@ -264,6 +280,14 @@ impl Ha {
     #[track_caller]
     pub fn run(&self, node: &str, argv: &[&str]) -> String {
         let ran = self.lab.exec(node, argv, LIMIT).unwrap();
+        assert_eq!(ran.code, Some(0), "{argv:?}: {}", String::from_utf8_lossy(&ran.stderr));
+        ran.text()
+    }
+
+    /// The same, for what takes minutes.
+    #[track_caller]
+    pub fn run_long(&self, node: &str, argv: &[&str]) -> String {
+        let ran = self.lab.exec(node, argv, 5 * LIMIT).unwrap();
         assert_eq!(ran.code, Some(0), "{argv:?}: {}", String::from_utf8_lossy(&ran.stderr));
         ran.text()
     }

@@ -14,7 +14,7 @@ use stanchion::error::UserError;
 use stanchion::pipeline::{FetchOptions, Manifest, Source, prepare_lock, provide_tools};
 use stanchion::progress::{Mode, Progress};
 use stanchion::sandbox::Sandbox;
-use stanchion::tools::Tools;
+use stanchion::tools::{Tools, set};
 
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_stanchion");
 pub const PROFILE: &str = "db";
@@ -41,6 +41,20 @@ pub fn provide_node(sets: &[&str]) -> Option<&'static Image> {
     show_skipped(IMAGE.get_or_init(|| prepare("node", sets)))
 }
 
+/// The images of the profiles `node` and `web` as they are shipped, with NetBox from this
+/// tarball; the copy of the project is called `netbox`.
+pub fn provide_netbox(tarball: &Path) -> Option<[&'static Image; 2]> {
+    static IMAGES: OnceLock<Result<[Image; 2], String>> = OnceLock::new();
+    let build = |profile| prepare_as("netbox", profile, &[set::LAB], Some(tarball));
+    match IMAGES.get_or_init(|| Ok([build("node")?, build("web")?])) {
+        Ok([node, web]) => Some([node, web]),
+        Err(why) => {
+            eprintln!("skipped: {}", why.replace('\n', "; "));
+            None
+        }
+    }
+}
+
 fn show_skipped(image: &'static Result<Image, String>) -> Option<&'static Image> {
     match image {
         Ok(image) => Some(image),
@@ -62,6 +76,16 @@ pub fn project(profile: &str) -> PathBuf {
 }
 
 fn prepare(profile: &str, sets: &[&str]) -> Result<Image, String> {
+    prepare_as(profile, profile, sets, None)
+}
+
+/// Build `profile` in a copy of the project called `copy`, with NetBox if there is a tarball.
+fn prepare_as(
+    copy: &str,
+    profile: &str,
+    sets: &[&str],
+    netbox: Option<&Path>,
+) -> Result<Image, String> {
     // Other test programs may want the same image at the same time.
     let turn = File::create(scratch().join("image.lock")).unwrap();
     rustix::fs::flock(&turn, FlockOperation::LockExclusive).unwrap();
@@ -72,9 +96,9 @@ fn prepare(profile: &str, sets: &[&str]) -> Result<Image, String> {
         return Err(format!("{}: {}", check.name, check.detail));
     }
     // A copy, because a lock whose packages have left the mirror is renewed.
-    let folder = project(profile);
+    let folder = project(copy);
     copy_project(&folder);
-    if profile == "node" {
+    if profile == "node" && netbox.is_none() {
         leave_web_out(&folder);
     }
     let project = Project::find(&folder).unwrap();
@@ -93,11 +117,14 @@ fn prepare(profile: &str, sets: &[&str]) -> Result<Image, String> {
     })?;
     drop(source);
 
-    let out = scratch().join("image");
+    let out = scratch().join(if netbox.is_some() { "image-netbox" } else { "image" });
     let mut build = Command::new(PROGRAM).args(["--quiet", "build", profile]);
     if profile != PROFILE {
         // What is shipped of them is looked at nowhere.
         build = build.args(["--format", "raw"]);
+    }
+    if let Some(tarball) = netbox {
+        build = build.arg("--artifact").arg(format!("netbox={}", tarball.display()));
     }
     let done = build.arg("--project").arg(&folder).arg("--out").arg(&out).run();
     done.unwrap_or_else(|error| panic!("{error:?}"));
