@@ -181,7 +181,7 @@ async fn start_units(node: &mut Node, units: &[&'static str]) -> Result<Verdict>
         }
         match query_unit(unit).await? {
             Active::Missing => obstacles.push(format!("this image has no {unit}")),
-            Active::Running | Active::Changing => drop(node.started.insert(unit)),
+            Active::Running | Active::Starting => drop(node.started.insert(unit)),
             Active::Stopped | Active::Failed => {
                 start_unit(unit).await?;
                 node.started.insert(unit);

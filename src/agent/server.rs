@@ -206,7 +206,7 @@ async fn tell_health() -> &'static str {
 
 /// For nginx, which the edges ask: whether NetBox on this node serves.
 async fn tell_web(State(answers): State<Answers>) -> Response {
-    let reasons = answers.health.list_reasons();
+    let reasons = answers.health.list_faults();
     match reasons.is_empty() {
         true => "ok\n".into_response(),
         false => (StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n").into_response(),

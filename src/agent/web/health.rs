@@ -32,6 +32,8 @@ pub const SOCKET: &str = "/run/netbox/gunicorn.sock";
 const PROXY_PORT: u16 = 16379;
 /// Bytes of an answer that are read.
 const MAX_ANSWER: u64 = 8 << 20;
+/// The part that users can do without.
+const JOBS: &str = "workers";
 /// Workers that are looked for; one that lives is enough.
 const MAX_WORKERS: usize = 200;
 
@@ -41,11 +43,18 @@ pub struct Part {
     pub name: &'static str,
     /// What is wrong, and for how long it has been.
     pub problem: Option<(String, Duration)>,
-    /// For how long that is no reason to take the node out.
+    /// For how long that is no reason to complain.
     pub patience: Duration,
 }
 
-/// Why this node does not serve; empty when it does.
+/// Why the edges should not send users to this node; empty when they should. That jobs wait
+/// is no reason: users would have nothing instead.
+pub fn judge_service(prepared: bool, parts: &[Part]) -> Vec<String> {
+    let vital: Vec<Part> = parts.iter().filter(|part| part.name != JOBS).cloned().collect();
+    judge(prepared, &vital)
+}
+
+/// What is wrong with NetBox on this node; empty when nothing is.
 pub fn judge(prepared: bool, parts: &[Part]) -> Vec<String> {
     if !prepared {
         return vec!["NetBox waits for its database".to_string()];
@@ -74,16 +83,26 @@ pub struct Health {
 }
 
 impl Health {
-    /// Why this node does not serve; empty when it does.
+    /// What is wrong with NetBox on this node; empty when nothing is.
     pub fn list_reasons(&self) -> Vec<String> {
+        let (prepared, parts) = self.list_parts();
+        judge(prepared, &parts)
+    }
+
+    /// Why the edges should not send users to this node; empty when they should.
+    pub fn list_faults(&self) -> Vec<String> {
+        let (prepared, parts) = self.list_parts();
+        judge_service(prepared, &parts)
+    }
+
+    fn list_parts(&self) -> (bool, Vec<Part>) {
         let seen = lock(&self.seen);
         let part =
             |(name, patience, problem): &(&'static str, Duration, Option<(String, Instant)>)| {
                 let problem = problem.as_ref().map(|(text, since)| (text.clone(), since.elapsed()));
                 Part { name, problem, patience: *patience }
             };
-        let parts: Vec<Part> = seen.parts.iter().map(part).collect();
-        judge(seen.prepared, &parts)
+        (seen.prepared, seen.parts.iter().map(part).collect())
     }
 
     /// Whether NetBox's database is there.
@@ -122,10 +141,10 @@ pub async fn watch(web: Web) {
             web.inner.health.note(
                 true,
                 [
-                    ("NetBox", Duration::ZERO, netbox),
+                    ("NetBox", choose_patience(&netbox), netbox),
                     ("PostgreSQL", SHARED, database),
                     ("Redis", SHARED, redis),
-                    ("workers", WORKERS, workers),
+                    (JOBS, WORKERS, workers),
                 ],
             );
         }
@@ -133,10 +152,24 @@ pub async fn watch(web: Web) {
     }
 }
 
+/// Nothing came in time.
+#[derive(Debug, thiserror::Error)]
+#[error("no answer within {0} s")]
+struct Silent(u64);
+
+/// A NetBox that is gone is of no use now; one that is slow would only make the others slower
+/// by its absence.
+fn choose_patience(netbox: &Result<()>) -> Duration {
+    match netbox {
+        Err(error) if error.is::<Silent>() => SHARED,
+        _ => Duration::ZERO,
+    }
+}
+
 async fn limit<T>(limit: Duration, work: impl Future<Output = Result<T>>) -> Result<T> {
     match tokio::time::timeout(limit, work).await {
         Ok(result) => result,
-        Err(_) => bail!("no answer within {} s", limit.as_secs()),
+        Err(_) => bail!(Silent(limit.as_secs())),
     }
 }
 
@@ -253,6 +286,11 @@ mod tests {
         assert_eq!(judge(true, &parts(Some(0), None, None)), ["NetBox: gone"]);
         assert_eq!(judge(true, &parts(None, Some(15), Some(15))), ["PostgreSQL: gone"]);
         assert_eq!(judge(true, &parts(None, None, Some(60))), ["workers: gone"]);
+        assert!(judge_service(true, &parts(None, None, Some(60))).is_empty());
+        assert_eq!(judge_service(true, &parts(None, Some(15), None)), ["PostgreSQL: gone"]);
+        let slow: Result<()> = Err(Silent(5).into());
+        assert_eq!(choose_patience(&slow), SHARED);
+        assert_eq!(choose_patience(&Err(anyhow::anyhow!("refused"))), Duration::ZERO);
         assert!(!judge(false, &parts(None, None, None)).is_empty());
         assert!(!judge(true, &[]).is_empty());
     }

@@ -23,11 +23,6 @@ impl Netbox {
         Netbox { http, base: base.to_string(), cookies: BTreeMap::new() }
     }
 
-    /// The same session at another address.
-    pub fn at(&self, base: &str) -> Self {
-        Netbox { base: base.to_string(), ..self.clone() }
-    }
-
     async fn send(
         &mut self,
         method: Method,
