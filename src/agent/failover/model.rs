@@ -206,12 +206,7 @@ impl Model {
             Act::ReadSync(node) if self.is_connected(node) => {
                 self.servers[node].read = self.sync.revision;
             }
-            Act::DropStandby(node) => {
-                // First there, then here: else it would acknowledge alone what `/sync` denies.
-                if self.servers[node].leads && self.write_sync(node, None) {
-                    self.servers[node].waits_for = None;
-                }
-            }
+            Act::DropStandby(node) => self.drop_standby(node),
             Act::NameStandby(node, standby) => {
                 let is_free = self.sync.leader == node && self.sync.standby.is_none();
                 let server = &mut self.servers[node];
@@ -257,6 +252,13 @@ impl Model {
         self.sync = Sync { leader: node, standby, revision: self.revision };
         self.servers[node].read = self.revision;
         true
+    }
+
+    /// First in `/sync`, then here: else it would acknowledge alone what `/sync` denies.
+    fn drop_standby(&mut self, node: usize) {
+        if self.servers[node].leads && self.write_sync(node, None) {
+            self.servers[node].waits_for = None;
+        }
     }
 
     fn take(&mut self, node: usize) {
