@@ -15,7 +15,9 @@ use crate::files::{
     Existing, is_occupied, name_beside, rename_without_replacing, sync_parent, write_beside,
 };
 use crate::pki::{Authority, Certificate, Issued};
-use crate::secrets::{FIRST, SECRETS, Secret, make_secret, make_secrets};
+use crate::secrets::{
+    FIRST, POSTGRES, REDIS, SECRETS, Secret, is_needed, list_brought, make_secret, make_secrets,
+};
 
 const CA: &str = "ca.pem";
 const CA_KEY: &str = "ca.key";
@@ -41,14 +43,21 @@ pub fn default_path(cluster_file: &Path, cluster: &Cluster) -> PathBuf {
 }
 
 /// Make the directory of a new cluster, mode 0700: CA, the operator's certificate, all
-/// secrets. `now` is in seconds since 1970, UTC.
+/// secrets, of which `given` are somebody else's. `now` is in seconds since 1970, UTC.
 ///
 /// # Errors
-/// A [`UserError`] when there is something at the path already.
-pub fn make_directory(path: &Path, cluster: &Cluster, now: u64) -> Result<()> {
+/// A [`UserError`] when there is something at the path already, and when a secret is not
+/// given that only somebody else can make.
+pub fn make_directory(
+    path: &Path,
+    cluster: &Cluster,
+    given: &BTreeMap<String, Secret>,
+    now: u64,
+) -> Result<()> {
+    check_given(cluster, |name| given.contains_key(name))?;
     let (authority, ca) = Authority::make(&cluster.name, now)?;
     let operator = authority.certify_operator(now)?;
-    let secrets = write_secrets(cluster, &make_secrets()?)?;
+    let secrets = write_secrets(cluster, &make_secrets(cluster, given)?)?;
     let files = list_files(&ca, &operator, &secrets);
     if path.symlink_metadata().is_ok() {
         return Err(refuse_second(path).into());
@@ -61,14 +70,23 @@ pub fn make_directory(path: &Path, cluster: &Cluster, now: u64) -> Result<()> {
 ///
 /// # Errors
 /// As of [`ClusterDir::open`], and a [`UserError`] when a secret is missing that the
-/// directory has had from its beginning.
-pub fn add_missing(path: &Path, cluster: &Cluster) -> Result<Vec<&'static str>> {
+/// directory has had from its beginning, or that is somebody else's and not `given`.
+pub fn add_missing(
+    path: &Path,
+    cluster: &Cluster,
+    given: &BTreeMap<String, Secret>,
+) -> Result<Vec<&'static str>> {
     open_authority(path, cluster)?;
     let file = path.join(SECRETS_FILE);
     let (mut text, secrets) = parse_secrets(&file)?;
-    let missing = list_missing(&file, &secrets)?;
+    let missing = list_missing(&file, cluster, &secrets)?;
+    check_given(cluster, |name| given.contains_key(name) || secrets.contains_key(name))?;
     for name in &missing {
-        let line = BTreeMap::from([(name, make_secret(name)?)]);
+        let secret = match given.get(*name) {
+            Some(secret) => secret.clone(),
+            None => make_secret(name)?,
+        };
+        let line = BTreeMap::from([(name, secret)]);
         if !text.ends_with('\n') {
             text.push('\n');
         }
@@ -82,9 +100,53 @@ pub fn add_missing(path: &Path, cluster: &Cluster) -> Result<Vec<&'static str>> 
     Ok(missing)
 }
 
-/// Those that came with later versions and are not there.
+/// What somebody else has made must be brought.
+fn check_given(cluster: &Cluster, has: impl Fn(&str) -> bool) -> Result<(), UserError> {
+    let Some(name) = list_brought(cluster).into_iter().find(|name| !has(name)) else {
+        return Ok(());
+    };
+    let (section, flag) = match name {
+        POSTGRES => ("external.postgres", "--postgres-password-file FILE"),
+        REDIS => ("external.redis", "--redis-password-file FILE"),
+        _ => ("storage", "--s3-key-file FILE"),
+    };
+    Err(UserError::new(format!("the secret `{name}` is not given"))
+        .why(format!("the cluster file has `[{section}]`, whose keys are somebody else's"))
+        .help(format!("stanchion cluster init {flag}")))
+}
+
+/// Read secrets that somebody else has made from a file of `count` lines, one on each. The
+/// file must not be open to others.
+///
+/// # Errors
+/// A [`UserError`], which does not show what the file holds.
+pub fn read_brought_secrets(path: &Path, count: usize) -> Result<Vec<Secret>> {
+    let text = read_brought_file(path)?;
+    let secrets: Option<Vec<Secret>> = text.lines().map(|line| Secret::new(line.trim())).collect();
+    match secrets.filter(|secrets| secrets.len() == count) {
+        Some(secrets) => Ok(secrets),
+        None => Err(UserError::new("the file does not hold what it should")
+            .in_file(path)
+            .why(match count {
+                1 => "it must be one line: letters, digits and `+/=_.-`".to_string(),
+                _ => format!("it must be {count} lines, each of letters, digits and `+/=_.-`"),
+            })
+            .into()),
+    }
+}
+
+fn read_brought_file(path: &Path) -> Result<String> {
+    if !path.is_file() {
+        return Err(UserError::new(format!("there is no file {}", path.display())).into());
+    }
+    read_file(path, true)
+}
+
+/// Those that came with later versions, or with a section of the cluster file, and are not
+/// there.
 fn list_missing(
     path: &Path,
+    cluster: &Cluster,
     secrets: &BTreeMap<String, Secret>,
 ) -> Result<Vec<&'static str>, UserError> {
     let is_missing = |(name, _): &&(&'static str, _)| !secrets.contains_key(*name);
@@ -93,7 +155,8 @@ fn list_missing(
             .in_file(path)
             .help("bring the file back from a copy; its secrets cannot be made anew"));
     }
-    Ok(SECRETS[FIRST..].iter().filter(is_missing).map(|(name, _)| *name).collect())
+    let missing = SECRETS[FIRST..].iter().filter(is_missing).map(|(name, _)| *name);
+    Ok(missing.filter(|name| is_needed(cluster, name)).collect())
 }
 
 fn list_files<'a>(
@@ -213,7 +276,7 @@ impl ClusterDir {
     /// lacks a secret, or is damaged. No error shows what the files hold.
     pub fn open(path: &Path, cluster: &Cluster) -> Result<Self> {
         let (authority, ca) = open_authority(path, cluster)?;
-        let secrets = read_secrets(&path.join(SECRETS_FILE))?;
+        let secrets = read_secrets(&path.join(SECRETS_FILE), cluster)?;
         Ok(ClusterDir { authority, ca, secrets })
     }
 }
@@ -241,13 +304,13 @@ fn open_authority(path: &Path, cluster: &Cluster) -> Result<(Authority, String)>
     Ok((authority, ca))
 }
 
-fn read_secrets(path: &Path) -> Result<BTreeMap<String, Secret>> {
+fn read_secrets(path: &Path, cluster: &Cluster) -> Result<BTreeMap<String, Secret>> {
     let (_, secrets) = parse_secrets(path)?;
-    match list_missing(path, &secrets)?.first() {
+    match list_missing(path, cluster, &secrets)?.first() {
         None => Ok(secrets),
         Some(name) => Err(UserError::new(format!("the secret `{name}` is missing"))
             .in_file(path)
-            .why("this version needs it, and the one that made the directory did not")
+            .why("this version or the cluster file needs it, and the directory was made without")
             .help("add what is missing with `stanchion cluster init --missing`, and keep a copy")
             .into()),
     }

@@ -6,6 +6,7 @@
 //! so that a changed layer is noticed. Paths are relative to the archive; which mirror
 //! serves them is no business of the lock.
 
+mod outside;
 mod resolve;
 #[cfg(test)]
 mod tests;
@@ -22,6 +23,10 @@ use crate::digest::{Digest, Key};
 use crate::error::{UserError, find_nearest};
 use crate::store;
 
+pub use outside::{
+    ArtifactRequest, LockedArtifact, LockedDistribution, LockedPython, OutsideRequests,
+    PythonRequest,
+};
 pub use resolve::{list_pins, name_stand_in, resolve};
 
 pub const FILE_NAME: &str = "stanchion.lock";
@@ -40,6 +45,10 @@ pub struct Lock {
     pub packages: Vec<LockedPackage>,
     #[serde(rename = "set")]
     pub sets: Vec<LockedSet>,
+    #[serde(rename = "artifact", default, skip_serializing_if = "Vec::is_empty")]
+    pub artifacts: Vec<LockedArtifact>,
+    #[serde(rename = "python", default, skip_serializing_if = "Vec::is_empty")]
+    pub pythons: Vec<LockedPython>,
 }
 
 /// The metadata that the lock was solved against.
@@ -122,9 +131,10 @@ pub enum Update {
 /// One difference between two locks.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Change {
+    /// A Debian package, `artifact NAME`, or a distribution of Python as `LAYER/NAME`.
     pub package: String,
-    pub old: Option<Version>,
-    pub new: Option<Version>,
+    pub old: Option<String>,
+    pub new: Option<String>,
 }
 
 impl std::fmt::Display for Change {
@@ -204,8 +214,8 @@ impl Lock {
 
     /// What differs from `older`, by name.
     pub fn compare(&self, older: &Lock) -> Vec<Change> {
-        let versions = |lock: &Lock| -> BTreeMap<String, Version> {
-            lock.packages.iter().map(|p| (p.name.clone(), p.version.clone())).collect()
+        let versions = |lock: &Lock| -> BTreeMap<String, String> {
+            lock.packages.iter().map(|p| (p.name.clone(), p.version.to_string())).collect()
         };
         let (old, new) = (versions(older), versions(self));
         let names: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
@@ -217,15 +227,17 @@ impl Lock {
                 old: old.get(name).cloned(),
                 new: new.get(name).cloned(),
             })
+            .chain(self.compare_outside(older))
             .collect()
     }
 
-    /// Without the sets that nothing asks for any more, and what only they hold.
-    pub fn prune(&self, requests: &[SetRequest]) -> Lock {
+    /// Without what nothing asks for any more, and what only that holds.
+    pub fn prune(&self, requests: &[SetRequest], outside: &OutsideRequests) -> Lock {
         let mut lock = self.clone();
         lock.sets.retain(|set| requests.iter().any(|request| request.name == set.name));
         let used: BTreeSet<&String> = lock.sets.iter().flat_map(|set| &set.packages).collect();
         lock.packages.retain(|package| used.contains(&package.name));
+        lock.prune_outside(outside);
         lock
     }
 
@@ -276,6 +288,6 @@ impl Lock {
                 return Err(format!("set `{}` names the unlocked package `{name}`", set.name));
             }
         }
-        Ok(())
+        self.check_outside()
     }
 }

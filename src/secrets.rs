@@ -7,13 +7,13 @@ use anyhow::{Context, Result, anyhow};
 use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::config::cluster::Role;
+use crate::config::cluster::{Cluster, Role};
 use crate::pki::make_site_key;
 
 /// All shared secrets by name, with the roles that need them; `fingerprint` is the key of
 /// the fingerprints by which nodes compare the others without showing them, `site_key` the
 /// key of the site CA, and `site_seal` that under which etcd holds the site's certificate.
-pub const SECRETS: [(&str, &[Role]); 13] = [
+pub const SECRETS: [(&str, &[Role]); 18] = [
     ("postgres_superuser", &[Role::Db]),
     ("postgres_replication", &[Role::Db]),
     ("postgres_rewind", &[Role::Db]),
@@ -28,10 +28,19 @@ pub const SECRETS: [(&str, &[Role]); 13] = [
     (SITE_SEAL, &[Role::Edge]),
     // Whatever is lost with the cluster, this must not be: it opens the backups.
     ("backup_cipher", &[Role::Db]),
+    ("netbox_secret_key", &[Role::Web]),
+    ("netbox_pepper", &[Role::Web]),
+    ("netbox_admin", &[Role::Web]),
+    (S3_ACCESS_KEY, &[Role::Db, Role::Web]),
+    (S3_SECRET_KEY, &[Role::Db, Role::Web]),
 ];
 
 pub const SITE_KEY: &str = "site_key";
 pub const SITE_SEAL: &str = "site_seal";
+pub const S3_ACCESS_KEY: &str = "s3_access_key";
+pub const S3_SECRET_KEY: &str = "s3_secret_key";
+pub const POSTGRES: &str = "postgres_netbox";
+pub const REDIS: &str = "redis";
 
 /// So many of [`SECRETS`] every cluster's directory has had from its beginning: one that
 /// lacks such a secret has lost it. Those behind came with later versions.
@@ -86,23 +95,57 @@ impl<'de> Deserialize<'de> for Secret {
     }
 }
 
-/// A new secret of each name.
-pub fn make_secrets() -> Result<BTreeMap<String, Secret>> {
-    SECRETS.iter().map(|(name, _)| Ok((name.to_string(), make_secret(name)?))).collect()
+/// A secret of each name that the cluster needs: those that are given, the others new.
+pub fn make_secrets(
+    cluster: &Cluster,
+    given: &BTreeMap<String, Secret>,
+) -> Result<BTreeMap<String, Secret>> {
+    let names = SECRETS.iter().map(|(name, _)| *name).filter(|name| is_needed(cluster, name));
+    let make = |name: &str| match given.get(name) {
+        Some(secret) => Ok(secret.clone()),
+        None => make_secret(name),
+    };
+    names.map(|name| Ok((name.to_string(), make(name)?))).collect()
+}
+
+/// Whether a cluster like this has a use for the secret.
+pub fn is_needed(cluster: &Cluster, name: &str) -> bool {
+    match name {
+        S3_ACCESS_KEY | S3_SECRET_KEY => cluster.storage.is_some(),
+        _ => true,
+    }
+}
+
+/// The secrets that somebody else has made, and the operator brings.
+pub fn list_brought(cluster: &Cluster) -> Vec<&'static str> {
+    let mut names = Vec::new();
+    if cluster.storage.is_some() {
+        names.extend([S3_ACCESS_KEY, S3_SECRET_KEY]);
+    }
+    names.extend(cluster.external.postgres.is_some().then_some(POSTGRES));
+    names.extend(cluster.external.redis.is_some().then_some(REDIS));
+    names
 }
 
 /// A new secret of this name.
 pub fn make_secret(name: &str) -> Result<Secret> {
     match name {
         SITE_KEY => Secret::new(make_site_key()?).context("making the site CA's key"),
+        // For labs; in the form that S3 servers like.
+        S3_ACCESS_KEY => {
+            let random = Secret::make()?;
+            let digits = random.reveal().get(..24).unwrap_or_default();
+            Secret::new(format!("GK{digits}")).context("making an access key")
+        }
         _ => Secret::make(),
     }
 }
 
-/// The names of the secrets that a node with these roles gets.
-pub fn list_needed(roles: &[Role]) -> impl Iterator<Item = &'static str> {
-    let is_needed = |readers: &[Role]| readers.iter().any(|role| roles.contains(role));
-    SECRETS.iter().filter(move |(_, readers)| is_needed(readers)).map(|(name, _)| *name)
+/// The names of the secrets that a node of this cluster with these roles gets.
+pub fn list_needed(cluster: &Cluster, roles: &[Role]) -> impl Iterator<Item = &'static str> {
+    let is_read = |readers: &[Role]| readers.iter().any(|role| roles.contains(role));
+    let names = SECRETS.iter().filter(move |(_, readers)| is_read(readers)).map(|(name, _)| *name);
+    names.filter(|name| is_needed(cluster, name))
 }
 
 #[cfg(test)]
@@ -119,25 +162,50 @@ mod tests {
         }
     }
 
+    fn cluster(storage: bool) -> Cluster {
+        let text = serde_json::json!({
+            "name": "c", "domain": "c.test", "vip": null, "network": "10.0.0.0/24",
+            "gateway": null, "dns": [], "ntp": [], "nodes": [], "tuning": {},
+            "storage": storage.then(|| serde_json::json!({
+                "endpoint": "https://s3.test", "bucket": "netbox", "region": "r"
+            })),
+        });
+        serde_json::from_value(text).unwrap()
+    }
+
     #[test]
     fn secrets_are_long_and_unlike_each_other() {
-        let secrets = make_secrets().unwrap();
+        let secrets = make_secrets(&cluster(true), &BTreeMap::new()).unwrap();
         let texts: std::collections::BTreeSet<&str> =
             secrets.values().map(Secret::reveal).collect();
         assert_eq!(texts.len(), SECRETS.len());
-        assert!(texts.iter().all(|text| text.len() >= 64));
+        assert!(texts.iter().all(|text| text.len() >= 26));
+        let without = make_secrets(&cluster(false), &BTreeMap::new()).unwrap();
+        assert_eq!(without.len(), SECRETS.len() - 2);
+    }
+
+    #[test]
+    fn what_is_given_is_not_made() {
+        let given = BTreeMap::from([(REDIS.to_string(), Secret::new("theirs").unwrap())]);
+        assert_eq!(make_secrets(&cluster(false), &given).unwrap()[REDIS].reveal(), "theirs");
     }
 
     #[test]
     fn a_role_gets_its_secrets_and_no_others() {
-        let list = |roles: &[Role]| list_needed(roles).collect::<Vec<_>>().join(" ");
+        let without = cluster(false);
+        let list = |roles: &[Role]| list_needed(&without, roles).collect::<Vec<_>>().join(" ");
         assert_eq!(list(&[Role::Cache]), "redis sentinel fingerprint");
-        assert_eq!(list(&[Role::Web]), "postgres_netbox redis fingerprint");
+        assert_eq!(
+            list(&[Role::Web]),
+            "postgres_netbox redis fingerprint netbox_secret_key netbox_pepper netbox_admin"
+        );
         assert_eq!(
             list(&[Role::Edge]),
             "redis sentinel keepalived haproxy_stats fingerprint site_key site_seal"
         );
         assert!(list(&[Role::Db]).starts_with("postgres_superuser postgres_replication"));
         assert!(!list(&[Role::Db]).contains("redis"));
+        let with = list_needed(&cluster(true), &[Role::Web]).collect::<Vec<_>>().join(" ");
+        assert!(with.ends_with(" netbox_admin s3_access_key s3_secret_key"), "{with}");
     }
 }

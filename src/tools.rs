@@ -69,6 +69,8 @@ pub mod set {
     pub const BOOT: &str = "tools:boot";
     /// Independent readers of what we write, for tests.
     pub const CHECK: &str = "tools:check";
+    /// What asks Python's index.
+    pub const PYTHON: &str = "tools:python";
     /// What a lab's nodes run in.
     pub const LAB: &str = "tools:lab";
 }
@@ -94,19 +96,26 @@ pub fn list_requests() -> Vec<SetRequest> {
         ),
         (set::LAB, &["systemd-container"]),
     ];
-    sets.iter()
-        .map(|(name, wanted)| SetRequest {
-            name: name.to_string(),
-            parent: None,
-            wanted: wanted.iter().map(|name| name.to_string()).collect(),
-            provides: Vec::new(),
-            recommends: false,
-            essential: false,
-        })
-        .collect()
+    sets.iter().map(|(name, wanted)| request_set(name, wanted)).collect()
+}
+
+/// What the lock must hold besides where a layer has a virtualenv.
+pub fn request_python() -> SetRequest {
+    request_set(set::PYTHON, &["ca-certificates", "python3-pip", "python3-setuptools"])
+}
+
+fn request_set(name: &str, wanted: &[&str]) -> SetRequest {
+    SetRequest {
+        name: name.to_string(),
+        parent: None,
+        wanted: wanted.iter().map(|name| name.to_string()).collect(),
+        provides: Vec::new(),
+        recommends: false,
+        essential: false,
+    }
 }
 
 /// Whether a build can do without the set.
 pub fn is_optional(set: &str) -> bool {
-    set == set::BOOT || set == set::CHECK || set == set::LAB
+    [set::BOOT, set::CHECK, set::LAB, set::PYTHON].contains(&set)
 }

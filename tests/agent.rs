@@ -64,12 +64,13 @@ impl World {
             ntp: Vec::new(),
             nodes: (1..=3).map(node).collect(),
             storage: None,
+            external: Default::default(),
             backup: None,
             tuning: Tuning::default(),
         };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
         let secrets = folder.path().join("secrets");
-        make_directory(&secrets, &cluster, now).unwrap();
+        make_directory(&secrets, &cluster, &Default::default(), now).unwrap();
         let directory = ClusterDir::open(&secrets, &cluster).unwrap();
         let bin = folder.path().join("bin");
         fs::create_dir(&bin).unwrap();

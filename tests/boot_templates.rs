@@ -99,7 +99,7 @@ fn only_nodes_reach_what_is_for_nodes() {
             || line.contains("input tcp dport { 80, 443, 5433-5435, 6379 } accept");
         assert!(is_for_all || line.contains(" ip saddr "), "{line}");
     }
-    assert!(rules.contains("input ip saddr $edges ip protocol vrrp accept\n"), "{rules}");
+    assert!(rules.contains("input ip saddr $edges ip protocol 112 accept\n"), "{rules}");
     for kind in list_kinds().iter().filter(|kind| !kind.roles.contains(&"edge")) {
         let rendered = render(kind);
         let rules = find(&rendered, "/etc/nftables.conf");

@@ -1,6 +1,8 @@
 //! The program as a user meets it: what it says about mistakes and mishaps, and with which
 //! exit code it ends (2: the user can mend it; 1: it is ours; never a panic).
 
+#[path = "cli/artifacts.rs"]
+mod artifacts;
 #[path = "cli/faces.rs"]
 mod faces;
 #[path = "cli/hostile.rs"]
@@ -22,6 +24,8 @@ mod room;
 mod server;
 #[path = "cli/shell.rs"]
 mod shell;
+#[path = "cli/stage.rs"]
+mod stage;
 #[path = "cli/stores.rs"]
 mod stores;
 #[path = "cli/why.rs"]

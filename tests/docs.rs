@@ -106,14 +106,42 @@ fn every_link_leads_to_a_file_and_a_heading() {
 
 /// Words of a command as a document shows it, without what explains it: a remark after `#`
 /// or two blanks, a pipe, a redirection.
-fn split_command(line: &str) -> Vec<&str> {
+fn split_command(line: &str) -> Vec<String> {
     let line = line.trim().trim_start_matches("# ").trim_start_matches("$ ");
     let end = [" #", "  ", " | ", " > ", " && "].iter().filter_map(|mark| line.find(mark)).min();
-    line[..end.unwrap_or(line.len())].split_whitespace().collect()
+    split_quoted(&line[..end.unwrap_or(line.len())])
+}
+
+/// Words as a shell splits them, of texts without backslashes.
+fn split_quoted(text: &str) -> Vec<String> {
+    let mut words = Vec::new();
+    let (mut word, mut quote, mut begun) = (String::new(), None, false);
+    for c in text.chars() {
+        match quote {
+            Some(open) if c == open => quote = None,
+            Some(_) => word.push(c),
+            None if c == '"' || c == '\'' => (quote, begun) = (Some(c), true),
+            None if c.is_whitespace() => {
+                if begun {
+                    words.push(std::mem::take(&mut word));
+                }
+                begun = false;
+            }
+            None => {
+                word.push(c);
+                begun = true;
+            }
+        }
+    }
+    if begun {
+        words.push(word);
+    }
+    words
 }
 
 /// Commands of this program that stand in a block or, between `, in a line.
-fn list_commands(text: &str) -> Vec<Vec<&str>> {
+fn list_commands(text: &str) -> Vec<Vec<String>> {
+    const BY_CARGO: [&str; 4] = ["cargo", "run", "--release", "--"];
     let mut commands = Vec::new();
     for (inside, line) in list_lines(text) {
         let candidates: Vec<&str> = match inside {
@@ -122,17 +150,18 @@ fn list_commands(text: &str) -> Vec<Vec<&str>> {
             false => line.split('`').skip(1).step_by(2).collect(),
         };
         for candidate in candidates {
-            let words = split_command(candidate);
-            let words = words.strip_prefix(&["sudo"]).unwrap_or(&words).to_vec();
-            let words = match words.strip_prefix(&["cargo", "run", "--release", "--"]) {
-                Some(rest) => [&["stanchion"], rest].concat(),
-                None => words,
-            };
+            let mut words = split_command(candidate);
+            if words.first().is_some_and(|word| word == "sudo") {
+                words.remove(0);
+            }
+            if words.len() > BY_CARGO.len() && words.iter().zip(BY_CARGO).all(|(a, b)| a == b) {
+                words.splice(..BY_CARGO.len(), ["stanchion".to_string()]);
+            }
             let is_ours =
-                ["stanchion", "stanchion-agent"].iter().any(|name| words.first() == Some(name));
+                matches!(words.first().map(String::as_str), Some("stanchion" | "stanchion-agent"));
             // A name alone is no command, and what is left open is for the reader.
-            let open = |word: &&str| word.contains('…') || word.contains("...");
-            if is_ours && words.len() > 1 && !words.iter().any(open) {
+            let is_open = |word: &String| word.contains('…') || word.contains("...");
+            if is_ours && words.len() > 1 && !words.iter().any(is_open) {
                 commands.push(words);
             }
         }
@@ -155,9 +184,9 @@ fn every_command_of_the_documents_is_one_that_the_program_takes() {
             }
             // Wrong words are found before the help that is asked for at the end.
             let mut arguments = words[1..].to_vec();
-            let end = arguments.iter().position(|word| *word == "--").unwrap_or(arguments.len());
-            arguments.insert(end, "--help");
-            let program = folder.path().join(words[0]);
+            let end = arguments.iter().position(|word| word == "--").unwrap_or(arguments.len());
+            arguments.insert(end, "--help".to_string());
+            let program = folder.path().join(&words[0]);
             let output = Command::new(program).args(&arguments).output().unwrap();
             let said = String::from_utf8_lossy(&output.stderr);
             assert!(output.status.success(), "{shown}: `{}`: {said}", words.join(" "));
@@ -168,13 +197,13 @@ fn every_command_of_the_documents_is_one_that_the_program_takes() {
 
 #[test]
 fn commands_are_found_where_they_stand() {
-    let text = "Say `stanchion status` or\n\n```text\nsudo stanchion lab up --name x   makes it\n\
+    let text = "Say `stanchion status` or\n\n```text\nsudo stanchion lab up --name \"two words\"   makes it\n\
                 stanchion seed n1 && true\n```\n`stanchion` alone is a name.\n";
     assert_eq!(
         list_commands(text),
         [
             vec!["stanchion", "status"],
-            vec!["stanchion", "lab", "up", "--name", "x"],
+            vec!["stanchion", "lab", "up", "--name", "two words"],
             vec!["stanchion", "seed", "n1"],
         ]
     );

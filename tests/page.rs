@@ -27,6 +27,7 @@ fn row(number: u8, postgres: &str, etcd: &str, redis: &str) -> Row {
         postgres: postgres.into(),
         lag: postgres.contains("streaming").then_some(2048),
         redis: redis.into(),
+        web: "answers".into(),
         vip: number == 1,
         version: "0.1.0".into(),
         silent: None,

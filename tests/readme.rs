@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::time::SystemTime;
 
 const STANCHION: &str = "cargo run --release -- ";
 
@@ -80,4 +81,29 @@ fn every_command_of_the_readme_runs() {
         }
         assert!(output.status.success(), "`{command}` failed:\n{said}");
     }
+}
+
+/// The newest time of writing of a file below a folder.
+fn find_newest(folder: &Path) -> SystemTime {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
+    let newest = entries.map(|entry| match entry.file_type().unwrap().is_dir() {
+        true => find_newest(&entry.path()),
+        false => entry.metadata().unwrap().modified().unwrap(),
+    });
+    newest.max().unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+/// What the first command of the README has left here, and images carry as their agent.
+#[test]
+fn the_program_that_is_shipped_is_small() {
+    const LIMIT: u64 = 15_000_000;
+    let program = Path::new(env!("CARGO_BIN_EXE_stanchion"));
+    let shipped = program.parent().unwrap().with_file_name("release").join("stanchion");
+    let Ok(found) = fs::metadata(&shipped) else {
+        return println!("skipped: there is no {}", shipped.display());
+    };
+    if found.modified().unwrap() < find_newest(&root().join("src")) {
+        return println!("skipped: {} is older than its sources", shipped.display());
+    }
+    assert!(found.len() <= LIMIT, "{} has {} bytes", shipped.display(), found.len());
 }

@@ -37,7 +37,7 @@ fn now() -> u64 {
 /// today for n1 and n2, none for n3.
 fn arm(lab: &Lab, cluster: &Cluster) {
     fs::remove_dir_all(lab.secrets()).unwrap();
-    make_directory(&lab.secrets(), cluster, now() - 3 * YEAR).unwrap();
+    make_directory(&lab.secrets(), cluster, &Default::default(), now() - 3 * YEAR).unwrap();
     for node in ["n1", "n2"] {
         lab.set_seed(node, Some(&lab.make_seed(node).unwrap())).unwrap();
     }
@@ -177,7 +177,7 @@ fn wrong_seeds_are_refused_and_a_stranger_gets_nothing() {
 fn refuse_after_a_start(ha: &Ha, forge: &Forge, right: &[u8]) {
     let folder = tempfile::tempdir_in(image::scratch()).unwrap();
     let foreign = folder.path().join("foreign");
-    make_directory(&foreign, &ha.cluster, now()).unwrap();
+    make_directory(&foreign, &ha.cluster, &Default::default(), now()).unwrap();
     let foreign = Forge::open(&foreign, &ha.cluster);
     ha.run("n3", &["sh", "-c", "echo mine > /var/mark"]);
     let wrong = [

@@ -34,7 +34,7 @@ pub struct Applied {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Told {
     Done,
-    /// It is starting or stopping: which files it has read, nobody knows.
+    /// It is starting: which files it has read, nobody knows.
     Later,
 }
 
@@ -128,7 +128,7 @@ pub async fn tell_service(service: &Service) -> Result<Told> {
     }
     match query_unit(service.unit).await? {
         Active::Running => {}
-        Active::Changing => return Ok(Told::Later),
+        Active::Starting => return Ok(Told::Later),
         Active::Stopped | Active::Failed | Active::Missing => return Ok(Told::Done),
     }
     let done = async {

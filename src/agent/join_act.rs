@@ -146,7 +146,7 @@ async fn start(node: &mut Node, facts: EtcdFacts) -> Result<Verdict> {
     node.lay_files().await?;
     match query_unit(UNIT).await? {
         // It counts as changing until it has seen a majority, or while it is restarted.
-        Active::Running | Active::Changing => {
+        Active::Running | Active::Starting => {
             give_data_folder(&node.places)?;
             return Ok(Verdict::Wait("etcd starts; its cluster has no majority yet".to_string()));
         }

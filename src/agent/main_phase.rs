@@ -15,10 +15,12 @@ use super::observe::{Observer, Shared, keep_registration};
 use super::operate::{Desk, end_in_time};
 use super::patroni;
 use super::render::{NodeView, merge_nodes};
+use super::roles::web;
 use super::runner::{Retry, Step, Verdict};
 use super::slots::{drop_lost_slots, list_owners};
-use super::systemd::{Active, query_unit, reload_daemon, start_unit};
+use super::systemd::{Active, query_unit, reload_daemon, start_unit, stop_unit_later};
 use super::watch_leader::Watcher;
+use super::web::Web;
 use crate::config::cluster::Role;
 use crate::pki::Certificate;
 
@@ -32,7 +34,7 @@ const EXPIRES_SOON: Duration = Duration::from_secs(30 * 24 * 3600);
 /// The edge does not wait longer for the certificate that it shows.
 const SITE_PATIENCE: Duration = Duration::from_secs(15);
 
-pub const STEPS: [Step<Node>; 6] = [
+pub const STEPS: [Step<Node>; 7] = [
     Step {
         name: "register",
         purpose: "telling the others about this node",
@@ -74,6 +76,12 @@ pub const STEPS: [Step<Node>; 6] = [
         },
     },
     Step {
+        name: "web",
+        purpose: "starting the way to NetBox's database",
+        retry: QUICK,
+        run: |node| Box::pin(start_web(node)),
+    },
+    Step {
         name: "exporters",
         purpose: "starting what tells figures",
         retry: Retry::GoOn,
@@ -113,6 +121,33 @@ async fn fetch_site(node: &mut Node) -> Result<Verdict> {
     Ok(Verdict::Warn(format!("users see this node's own certificate until then: {reason}")))
 }
 
+/// NetBox itself is started when its database is there, which nothing else waits for.
+async fn start_web(node: &mut Node) -> Result<Verdict> {
+    if !node.has(Role::Web) {
+        return Ok(Verdict::Done);
+    }
+    node.applied.forget_refusals();
+    node.lay_files().await?;
+    let started = start_units(node, &[web::PROXY]).await?;
+    if node.web.is_none() {
+        let web = Web::new(node)?;
+        web.start();
+        node.web = Some(web);
+    }
+    Ok(started)
+}
+
+/// Workers end the job at hand and take no other while users are asked to wait.
+async fn rest_worker(node: &mut Node) -> Result<()> {
+    if node.facts.maintenance.is_none() || !node.started.contains(web::WORKER) {
+        return Ok(());
+    }
+    log("maintenance: the workers rest");
+    stop_unit_later(web::WORKER).await?;
+    node.started.remove(web::WORKER);
+    Ok(())
+}
+
 async fn start_role(node: &mut Node, role: Role) -> Result<Verdict> {
     if !node.has(role) {
         return Ok(Verdict::Done);
@@ -146,7 +181,7 @@ async fn start_units(node: &mut Node, units: &[&'static str]) -> Result<Verdict>
         }
         match query_unit(unit).await? {
             Active::Missing => obstacles.push(format!("this image has no {unit}")),
-            Active::Running | Active::Changing => drop(node.started.insert(unit)),
+            Active::Running | Active::Starting => drop(node.started.insert(unit)),
             Active::Stopped | Active::Failed => {
                 start_unit(unit).await?;
                 node.started.insert(unit);
@@ -188,6 +223,7 @@ async fn catch_up(node: &mut Node) -> Result<()> {
     if let Some(master) = master {
         set_master(node, master);
     }
+    node.facts.maintenance = node.registry.find_maintenance();
     node.applied.forget_refusals();
     let changed = node.lay_files().await?;
     if changed.iter().any(|target| target.starts_with("/etc/systemd/system/")) {
@@ -195,8 +231,10 @@ async fn catch_up(node: &mut Node) -> Result<()> {
     }
     check_clock_again(node).await;
     tell_expiry(node)?;
+    tell_watchdog(node);
     // What could not start for a file that was refused may do so now.
-    let units = node.list_units(&node.entry.roles);
+    rest_worker(node).await?;
+    let units = node.list_wanted();
     if let Verdict::Warn(reason) = start_units(node, &units).await? {
         node.board.raise("services", reason);
     } else {
@@ -221,6 +259,19 @@ fn tell_expiry(node: &Node) -> Result<()> {
         node.board.warn(THING, format!("this node's certificate expires in {days} days: {help}"));
     }
     Ok(())
+}
+
+/// Patroni takes a watchdog where there is one. Without it, only the other nodes notice that
+/// Patroni stands still beside a PostgreSQL that goes on.
+fn tell_watchdog(node: &Node) {
+    const THING: &str = "watchdog";
+    if node.places.join("/dev/watchdog").exists() || !node.has(Role::Db) {
+        node.board.forget_warning(THING);
+    } else {
+        let text = "this machine has none: nothing restarts it should Patroni stand still while \
+                    it leads; give it one, such as QEMU's i6300esb";
+        node.board.warn(THING, text.to_string());
+    }
 }
 
 /// A clock that was not right when the node started may be so by now.

@@ -42,6 +42,7 @@ pub mod systemd;
 pub mod table;
 pub mod tls;
 pub mod watch_leader;
+pub mod web;
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;

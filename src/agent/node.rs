@@ -17,9 +17,11 @@ use super::observe::Shared;
 use super::places::Places;
 use super::registry::Registry;
 use super::render::{Facts, render_all};
-use super::roles::{Service, list_role_services, list_services};
+use super::roles::{Service, list_role_services, list_services, web};
 use super::site::Site;
 use super::tls::Tls;
+use super::web::Web;
+use super::web::health::Health;
 use crate::config::cluster::{Node as Entry, Role};
 use crate::seed::Seed;
 
@@ -40,6 +42,9 @@ pub struct Node {
     pub shared: Shared,
     /// Of an edge.
     pub site: Option<Site>,
+    /// Of a node with the role web, from the main phase on.
+    pub web: Option<Web>,
+    pub health: Health,
     /// Units that were started, or found running, since this agent started.
     pub started: BTreeSet<&'static str>,
     /// Since when this node looks for the Redis master.
@@ -76,6 +81,8 @@ impl Node {
             etcd,
             registry,
             shared: Shared::default(),
+            web: None,
+            health: Health::default(),
             started: BTreeSet::new(),
             cache_since: None,
             places,
@@ -98,6 +105,19 @@ impl Node {
         // Without an address to hold there is nothing for it to do.
         let wanted = |unit: &str| unit != "keepalived.service" || self.seed.cluster.vip.is_some();
         services.map(|service| service.unit).filter(|unit| wanted(unit)).collect()
+    }
+
+    /// The units that may run now: NetBox waits for its database, and its workers rest during
+    /// maintenance.
+    pub fn list_wanted(&self) -> Vec<&'static str> {
+        let prepared = self.web.as_ref().is_some_and(Web::is_prepared);
+        let is_web = |unit: &str| web::SERVICES.iter().any(|service| service.unit == unit);
+        let may_run = |unit: &&'static str| match *unit {
+            web::PROXY => true,
+            web::WORKER => prepared && self.facts.maintenance.is_none(),
+            unit => prepared || !is_web(unit),
+        };
+        self.list_units(&self.entry.roles).into_iter().filter(may_run).collect()
     }
 
     /// Render everything with the present facts and lay down what changed.

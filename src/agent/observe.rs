@@ -17,8 +17,10 @@ use super::places::Places;
 use super::ready::{self, EtcdView, Observed, PatroniView, SentinelCount};
 use super::redis::{RedisView, SentinelView, ask_redis, ask_sentinel};
 use super::registry::{Lease, NODE_LEASE, Registration, Registry};
+use super::roles::web;
 use super::systemd::run_program;
 use super::tls::Tls;
+use super::web::health::Health;
 use crate::config::cluster::{Node as Entry, Role};
 use crate::seed::Seed;
 
@@ -47,6 +49,7 @@ pub struct Observer {
     registry: Registry,
     shared: Shared,
     units: Vec<&'static str>,
+    health: Health,
 }
 
 impl Observer {
@@ -64,6 +67,7 @@ impl Observer {
             registry: node.registry.clone(),
             shared,
             units,
+            health: node.health.clone(),
         }
     }
 
@@ -78,13 +82,16 @@ impl Observer {
 
     async fn look(&self, pause: &mut Pause) {
         let has = |role| self.entry.has(role);
+        let maintenance = self.registry.find_maintenance();
+        let web = if has(Role::Web) { self.health.list_reasons() } else { Vec::new() };
+        let units = self.list_expected(maintenance.is_some());
         let (etcd, own, view, redis, sentinel, stopped) = tokio::join!(
             self.look_at_etcd(),
             maybe(has(Role::Db), self.own_etcd.read_status()),
             maybe(has(Role::Db), patroni::read_view(&self.http, self.entry.address)),
             self.look_at_redis(),
             self.look_at_sentinel(),
-            list_stopped(&self.units),
+            list_stopped(&units),
         );
         *lock(&self.shared.redis_master) = sentinel.as_ref().map(|view| view.master);
         self.record_master(redis.as_ref(), sentinel.as_ref()).await;
@@ -107,6 +114,8 @@ impl Observer {
                 }),
                 redis_linked: redis.as_ref().map(|view| view.is_master || view.link_up),
                 redis_syncing: redis.as_ref().is_some_and(|view| view.syncing),
+                web: web.clone(),
+                maintenance: maintenance.clone(),
                 vip_here: self.holds_vip(),
                 registered: self.registry.list_nodes(),
                 problems: status.problems.clone(),
@@ -157,8 +166,27 @@ impl Observer {
                 None if has(Role::Cache) => "silent".into(),
                 None => String::new(),
             },
+            web: match (has(Role::Web), web.is_empty(), maintenance.is_some()) {
+                (false, ..) => String::new(),
+                (true, true, false) => "serving".into(),
+                (true, true, true) => "maintenance".into(),
+                (true, false, _) if !self.health.is_prepared() => "starting".into(),
+                (true, false, _) => "out".into(),
+            },
             vip: observed.vip_here,
         });
+    }
+
+    /// Units that should run now.
+    fn list_expected(&self, maintained: bool) -> Vec<&'static str> {
+        let is_web = |unit: &str| web::SERVICES.iter().any(|service| service.unit == unit);
+        let prepared = self.health.is_prepared();
+        let expects = |unit: &&'static str| match *unit {
+            web::PROXY => true,
+            web::WORKER => prepared && !maintained,
+            unit => prepared || !is_web(unit),
+        };
+        self.units.iter().copied().filter(expects).collect()
     }
 
     fn find_ordinal(&self) -> usize {

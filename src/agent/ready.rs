@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::config::cluster::{Cluster, Role};
 
 use super::pause::describe_pause;
-use super::registry::Registration;
+use super::registry::{Maintenance, Registration};
 
 /// Two of two Sentinels agree on nothing when one is dead.
 const SENTINELS: u64 = 3;
@@ -25,6 +25,9 @@ pub struct Observed {
     pub redis_linked: Option<bool>,
     /// It is taking over the master's data.
     pub redis_syncing: bool,
+    /// Why NetBox on this node does not serve.
+    pub web: Vec<String>,
+    pub maintenance: Option<Maintenance>,
     pub vip_here: bool,
     pub registered: BTreeMap<String, Registration>,
     /// What the board holds: refused files, units that do not start, failed checks.
@@ -77,10 +80,27 @@ pub fn judge(cluster: &Cluster, seen: &Observed) -> Vec<String> {
     if roles.contains(&Role::Cache) {
         judge_cache(cluster, seen, &mut reasons);
     }
+    if roles.contains(&Role::Web) {
+        reasons.extend(seen.web.iter().cloned());
+    }
+    if let Some(maintenance) = &seen.maintenance {
+        reasons.push(describe_maintenance(maintenance));
+    }
     judge_vip(cluster, seen, &mut reasons);
     reasons.extend(seen.stopped.iter().map(|unit| format!("{unit} does not run")));
     reasons.extend(seen.problems.iter().map(|(thing, problem)| format!("{thing}: {problem}")));
     reasons
+}
+
+fn describe_maintenance(maintenance: &Maintenance) -> String {
+    let mut text = "maintenance: users are asked to wait, and no jobs are taken".to_string();
+    if !maintenance.by.is_empty() {
+        text += &format!(", by {}", maintenance.by);
+    }
+    if !maintenance.reason.is_empty() {
+        text += &format!(": {}", maintenance.reason);
+    }
+    text
 }
 
 fn judge_cluster(cluster: &Cluster, seen: &Observed, reasons: &mut Vec<String>) {

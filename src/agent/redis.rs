@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
@@ -27,14 +27,14 @@ pub enum Reply {
 }
 
 impl Reply {
-    fn text(&self) -> Option<&str> {
+    pub fn text(&self) -> Option<&str> {
         match self {
             Reply::Text(text) => Some(text),
             _ => None,
         }
     }
 
-    fn list(&self) -> &[Reply] {
+    pub fn list(&self) -> &[Reply] {
         match self {
             Reply::List(items) => items,
             _ => &[],
@@ -111,17 +111,32 @@ async fn ask(
     let asked = async {
         let stream = TcpStream::connect((address, port)).await?;
         let connector = TlsConnector::from(tls.client.clone());
-        let mut stream = connector.connect(std::net::IpAddr::from(address).into(), stream).await?;
-        let mut request = encode(&["AUTH", secret.reveal()]);
-        request.extend(encode(words));
-        stream.write_all(&request).await?;
-        let mut stream = BufReader::new(stream);
-        read_reply(&mut stream).await.context("giving the password")?;
-        read_reply(&mut stream).await
+        let stream = connector.connect(std::net::IpAddr::from(address).into(), stream).await?;
+        Session::begin(stream, secret).await?.ask(words).await
     };
     match tokio::time::timeout(TIMEOUT, asked).await {
         Ok(reply) => reply.with_context(|| format!("asking {address}:{port}")),
         Err(_) => bail!("{address}:{port} has not answered for {} s", TIMEOUT.as_secs()),
+    }
+}
+
+/// A connection on which several things are asked. Its owner bounds the time.
+pub struct Session<S> {
+    stream: BufReader<S>,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
+    /// Give the password.
+    pub async fn begin(mut stream: S, secret: &Secret) -> Result<Self> {
+        stream.write_all(&encode(&["AUTH", secret.reveal()])).await?;
+        let mut stream = BufReader::new(stream);
+        read_reply(&mut stream).await.context("giving the password")?;
+        Ok(Session { stream })
+    }
+
+    pub async fn ask(&mut self, words: &[&str]) -> Result<Reply> {
+        self.stream.get_mut().write_all(&encode(words)).await?;
+        read_reply(&mut self.stream).await
     }
 }
 

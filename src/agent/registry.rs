@@ -10,6 +10,7 @@
 //! /stanchion/<cluster>/restore/record  how far a restore is (backup/restore.rs)
 //! /stanchion/<cluster>/locks/<name>    work that one node does at a time
 //! /stanchion/<cluster>/site/<name>     what the edges show users, sealed
+//! /stanchion/<cluster>/maintenance     users are asked to wait: since when, and why
 //! /stanchion/<cluster>/pause/since     when `patronictl pause` was first seen
 //! ```
 
@@ -30,6 +31,8 @@ use super::render::NodeView;
 pub const NODE_LEASE: u32 = 10;
 /// The shortest that etcd grants with its usual election timeout.
 pub const PULSE_LEASE: u32 = 2;
+/// What of the cluster's key holds [`Maintenance`].
+pub const MAINTENANCE: &str = "maintenance";
 /// Between two beats of a pulse, and as long waits one for an endpoint of etcd.
 const BEAT: Duration = Duration::from_millis(500);
 /// A watch that has been silent for so long is made anew: its server may be gone.
@@ -55,13 +58,32 @@ pub struct Registration {
     pub lag: Option<u64>,
     #[serde(default)]
     pub redis: String,
+    /// `serving`, or what NetBox on it is at; empty without the role.
+    #[serde(default)]
+    pub web: String,
     /// It holds the VIP.
     #[serde(default)]
     pub vip: bool,
 }
 
+/// Users are asked to wait, and workers take no jobs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Maintenance {
+    /// Seconds since 1970, UTC.
+    pub since: u64,
+    /// When it is thought to be over, likewise.
+    #[serde(default)]
+    pub until: Option<u64>,
+    /// Who has asked for it.
+    #[serde(default)]
+    pub by: String,
+    #[serde(default)]
+    pub reason: String,
+}
+
 #[derive(Debug, Default)]
 struct Content {
+    maintenance: Option<Maintenance>,
     nodes: BTreeMap<String, Registration>,
     pulses: BTreeSet<String>,
     seen: BTreeMap<String, (Sighting, Instant)>,
@@ -95,6 +117,15 @@ impl Registry {
 
     pub fn list_nodes(&self) -> BTreeMap<String, Registration> {
         lock(&self.content).nodes.clone()
+    }
+
+    pub fn find_maintenance(&self) -> Option<Maintenance> {
+        lock(&self.content).maintenance.clone()
+    }
+
+    /// Have the node's files and services looked at again.
+    pub fn tell_change(&self) {
+        self.changed.notify_one();
     }
 
     pub fn list_pulses(&self) -> BTreeSet<String> {
@@ -159,10 +190,10 @@ impl Registry {
 
     /// Take a whole listing; what it lacks is gone.
     fn replace(&self, entries: &[KeyValue]) {
-        let (before, old_seen) = {
+        let (before, old_seen, maintained) = {
             let mut content = lock(&self.content);
             let old = std::mem::take(&mut *content);
-            (old.nodes, old.seen)
+            (old.nodes, old.seen, old.maintenance)
         };
         for entry in entries {
             self.put(entry);
@@ -178,7 +209,7 @@ impl Registry {
                 *at = *since;
             }
         }
-        let differs = !same_views(&before, &content.nodes);
+        let differs = !same_views(&before, &content.nodes) || maintained != content.maintenance;
         drop(content);
         if differs {
             self.changed.notify_one();
@@ -186,12 +217,16 @@ impl Registry {
     }
 
     fn take(&self, event: Event) {
-        let before = lock(&self.content).nodes.clone();
+        let (before, maintained) = {
+            let content = lock(&self.content);
+            (content.nodes.clone(), content.maintenance.clone())
+        };
         match event {
             Event::Put(entry) => self.put(&entry),
             Event::Delete { key } => {
                 let mut content = lock(&self.content);
                 match self.split(&key) {
+                    None if self.is_maintenance(&key) => content.maintenance = None,
                     Some(("nodes", name)) => drop(content.nodes.remove(name)),
                     Some(("pulse", name)) => drop(content.pulses.remove(name)),
                     Some(("seen", name)) => drop(content.seen.remove(name)),
@@ -200,14 +235,25 @@ impl Registry {
                 }
             }
         }
-        if !same_views(&before, &lock(&self.content).nodes) {
+        let content = lock(&self.content);
+        let differs = !same_views(&before, &content.nodes) || maintained != content.maintenance;
+        drop(content);
+        if differs {
             self.changed.notify_one();
         }
+    }
+
+    fn is_maintenance(&self, key: &str) -> bool {
+        key.strip_prefix(&*self.prefix) == Some(MAINTENANCE)
     }
 
     fn put(&self, entry: &KeyValue) {
         let mut content = lock(&self.content);
         match self.split(&entry.key) {
+            // Whatever it says, it is there.
+            None if self.is_maintenance(&entry.key) => {
+                content.maintenance = Some(serde_json::from_str(&entry.value).unwrap_or_default());
+            }
             Some(("nodes", name)) => {
                 // Configuration is made of it: what does not fit is not taken.
                 if let Ok(node) = serde_json::from_str::<Registration>(&entry.value)
@@ -329,6 +375,7 @@ mod tests {
             postgres: String::new(),
             lag: None,
             redis: String::new(),
+            web: String::new(),
             vip: false,
         }
     }
@@ -353,6 +400,18 @@ mod tests {
         assert!(registry.list_pulses().is_empty());
         registry.replace(&[]);
         assert!(registry.list_nodes().is_empty());
+    }
+
+    #[test]
+    fn maintenance_begins_and_ends() {
+        let registry = Registry::new("c");
+        let key = "/stanchion/c/maintenance";
+        registry.take(Event::Put(entry(key, r#"{"since":7,"by":"operator","reason":"disks"}"#)));
+        assert_eq!(registry.find_maintenance().unwrap().reason, "disks");
+        registry.take(Event::Put(entry(key, "nonsense")));
+        assert_eq!(registry.find_maintenance(), Some(Maintenance::default()));
+        registry.take(Event::Delete { key: key.into() });
+        assert_eq!(registry.find_maintenance(), None);
     }
 
     #[test]

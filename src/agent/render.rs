@@ -13,6 +13,8 @@ use sha2::{Digest, Sha256};
 
 use super::files::{Access, read_bounded};
 use super::places::Places;
+use super::registry::Maintenance;
+use super::tls::{POSTGRES_CA, REDIS_CA};
 use crate::config::cluster::Role;
 use crate::seed::Seed;
 use crate::template;
@@ -58,6 +60,8 @@ pub struct Facts {
     pub nodes: Vec<NodeView>,
     pub etcd: EtcdFacts,
     pub redis: RedisFacts,
+    /// Users are asked to wait.
+    pub maintenance: Option<Maintenance>,
     pub memory_mb: u64,
     pub cpus: usize,
 }
@@ -72,7 +76,7 @@ impl Facts {
             is_master: false,
             myid: derive_id(&seed.cluster.name, &seed.node),
         };
-        Facts { seed, nodes, etcd, redis, memory_mb, cpus }
+        Facts { seed, nodes, etcd, redis, maintenance: None, memory_mb, cpus }
     }
 
     fn context(&self) -> Result<Value> {
@@ -85,6 +89,17 @@ impl Facts {
         let with = |role: Role| -> Vec<&NodeView> {
             self.nodes.iter().filter(|node| node.roles.contains(&role)).collect()
         };
+        let file = |name: &str| format!("/run/stanchion/tls/{name}.pem");
+        let external = &cluster.external;
+        let postgres = external.postgres.as_ref().map(|postgres| {
+            json!({
+                "host": postgres.host, "port": postgres.port, "database": postgres.database,
+                "user": postgres.user, "ca_file": file(POSTGRES_CA),
+            })
+        });
+        let redis = external.redis.as_ref().map(
+            |redis| json!({"host": redis.host, "port": redis.port, "ca_file": file(REDIS_CA)}),
+        );
         let secrets: BTreeMap<&str, &str> =
             seed.secrets.iter().map(|(name, secret)| (name.as_str(), secret.reveal())).collect();
         Ok(json!({
@@ -116,6 +131,8 @@ impl Facts {
             },
             "etcd": self.etcd,
             "redis": self.redis,
+            "external": {"postgres": postgres, "redis": redis},
+            "maintenance": self.maintenance,
             "memory_mb": self.memory_mb,
             "cpus": self.cpus,
         }))

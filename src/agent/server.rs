@@ -33,6 +33,7 @@ use super::registry::{Registration, Registry};
 use super::render::make_plan;
 use super::site::Site;
 use super::table::{Answer, make_table};
+use super::web::health::{self, Health};
 use crate::error::UserError;
 use crate::pki::Certificate;
 
@@ -56,6 +57,8 @@ struct Answers {
     places: Places,
     registry: Registry,
     http: reqwest::Client,
+    health: Health,
+    domain: Arc<str>,
     node: Arc<str>,
     plan: Arc<str>,
     desk: Desk,
@@ -78,6 +81,8 @@ pub async fn serve(node: &Node) -> Result<()> {
         places: node.places.clone(),
         registry: node.registry.clone(),
         http: node.http.clone(),
+        health: node.health.clone(),
+        domain: node.seed.cluster.domain.as_str().into(),
         node: node.entry.name.as_str().into(),
         plan: make_plan(&node.seed).into(),
         desk: Desk::of(node),
@@ -103,7 +108,7 @@ pub async fn serve(node: &Node) -> Result<()> {
     let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, HEALTH_PORT));
     match TcpListener::bind(loopback).await {
         Ok(plain) => {
-            let health = health.with_state(answers.clone());
+            let health = health.route("/web", get(tell_web)).with_state(answers.clone());
             tokio::spawn(async move { axum::serve(plain, health).await });
         }
         // A node does without; whoever asks there finds out.
@@ -197,6 +202,15 @@ impl axum::serve::Listener for Secure {
 
 async fn tell_health() -> &'static str {
     "ok\n"
+}
+
+/// For nginx, which the edges ask: whether NetBox on this node serves.
+async fn tell_web(State(answers): State<Answers>) -> Response {
+    let reasons = answers.health.list_faults();
+    match reasons.is_empty() {
+        true => "ok\n".into_response(),
+        false => (StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n").into_response(),
+    }
 }
 
 async fn tell_ready(State(answers): State<Answers>) -> Response {
@@ -344,6 +358,17 @@ fn write_metrics(status: &Status, registry: &Registry) -> String {
 
 /// Figures of the exporters, which listen on loopback only.
 async fn relay_metrics(State(answers): State<Answers>, Path(exporter): Path<String>) -> Response {
+    if exporter == "netbox" {
+        let socket = answers.places.join(health::SOCKET);
+        let asked = health::ask_socket(&socket, "/metrics", &answers.domain);
+        let limit = Duration::from_secs(10);
+        return match tokio::time::timeout(limit, asked).await {
+            Ok(Ok((200, bytes))) => {
+                ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], bytes).into_response()
+            }
+            _ => (StatusCode::BAD_GATEWAY, "NetBox does not answer\n").into_response(),
+        };
+    }
     let port = match exporter.as_str() {
         "node" => 9100,
         "postgres" => 9187,

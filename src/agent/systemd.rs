@@ -8,8 +8,8 @@ use crate::command::Command;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Active {
     Running,
-    /// Starting or stopping.
-    Changing,
+    Starting,
+    /// Or stopping: a start waits until it is down.
     Stopped,
     Failed,
     /// There is no such unit in this image.
@@ -28,7 +28,7 @@ fn read_state(text: &str) -> Active {
     match (value("LoadState="), value("ActiveState=")) {
         ("not-found" | "masked" | "bad-setting" | "error", _) => Active::Missing,
         (_, "active" | "reloading" | "refreshing") => Active::Running,
-        (_, "activating" | "deactivating") => Active::Changing,
+        (_, "activating") => Active::Starting,
         (_, "failed") => Active::Failed,
         _ => Active::Stopped,
     }
@@ -41,6 +41,11 @@ pub async fn start_unit(unit: &str) -> Result<()> {
 
 pub async fn stop_unit(unit: &str) -> Result<()> {
     run_systemctl(&["stop", unit]).await.map(drop)
+}
+
+/// Ask systemd to stop a unit, without waiting until it is down.
+pub async fn stop_unit_later(unit: &str) -> Result<()> {
+    run_systemctl(&["stop", "--no-block", unit]).await.map(drop)
 }
 
 /// Restart a unit, and wait until it is up.
@@ -86,7 +91,8 @@ mod tests {
     #[test]
     fn states_of_units_are_read() {
         assert_eq!(read_state("LoadState=loaded\nActiveState=active\n"), Active::Running);
-        assert_eq!(read_state("LoadState=loaded\nActiveState=activating\n"), Active::Changing);
+        assert_eq!(read_state("LoadState=loaded\nActiveState=activating\n"), Active::Starting);
+        assert_eq!(read_state("LoadState=loaded\nActiveState=deactivating\n"), Active::Stopped);
         assert_eq!(read_state("LoadState=not-found\nActiveState=inactive\n"), Active::Missing);
         assert_eq!(read_state("LoadState=loaded\nActiveState=failed\n"), Active::Failed);
         assert_eq!(read_state(""), Active::Stopped);

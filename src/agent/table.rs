@@ -43,6 +43,7 @@ pub struct Row {
     /// Bytes of the leader's log that it has not replayed.
     pub lag: Option<u64>,
     pub redis: String,
+    pub web: String,
     pub vip: bool,
     pub version: String,
     /// Why it did not answer, when it was asked and did not.
@@ -116,6 +117,7 @@ fn make_row(node: &Node, registered: Option<&Registration>, answer: Option<&Answ
         postgres: String::new(),
         lag: None,
         redis: String::new(),
+        web: String::new(),
         vip: false,
         version: String::new(),
         silent: None,
@@ -130,6 +132,7 @@ fn make_row(node: &Node, registered: Option<&Registration>, answer: Option<&Answ
         row.postgres = told.postgres.clone();
         row.lag = told.lag;
         row.redis = told.redis.clone();
+        row.web = told.web.clone();
         row.vip = told.vip;
         row.version = told.version.clone();
         row.reasons = told.reasons.clone();
@@ -157,7 +160,7 @@ fn make_row(node: &Node, registered: Option<&Registration>, answer: Option<&Answ
 }
 
 /// What [`list_cells`] lists.
-pub const TITLES: [&str; 11] = [
+pub const TITLES: [&str; 12] = [
     "node",
     "zone",
     "roles",
@@ -167,6 +170,7 @@ pub const TITLES: [&str; 11] = [
     "PostgreSQL",
     "lag",
     "Redis",
+    "NetBox",
     "VIP",
     "version",
 ];
@@ -227,7 +231,7 @@ pub fn list_cells(row: &Row) -> Vec<String> {
         (None, None) => "not there",
     };
     let lag = row.lag.map_or(String::new(), show_bytes);
-    let cells: [&str; 11] = [
+    let cells: [&str; 12] = [
         &row.name,
         &row.zone,
         &roles.join(","),
@@ -237,6 +241,7 @@ pub fn list_cells(row: &Row) -> Vec<String> {
         &row.postgres,
         &lag,
         &row.redis,
+        &row.web,
         if row.vip { "here" } else { "" },
         &row.version,
     ];

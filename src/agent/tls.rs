@@ -12,10 +12,15 @@ use rustls::{ClientConfig, RootCertStore, ServerConfig};
 
 use super::files::{Access, find_account, make_private_folder, write_file};
 use super::places::Places;
+use crate::config::cluster::External;
 use crate::seed::Seed;
 
 /// Accounts of services that read the node's key, each from a folder of its own.
-const ACCOUNTS: [&str; 4] = ["etcd", "postgres", "redis", "haproxy"];
+const ACCOUNTS: [&str; 5] = ["etcd", "postgres", "redis", "haproxy", "www-data"];
+
+/// Files beside the node's, without their ending.
+pub const POSTGRES_CA: &str = "external-postgres";
+pub const REDIS_CA: &str = "external-redis";
 
 /// Write the certificate and key where the services look for them.
 pub fn write_files(places: &Places, seed: &Seed) -> Result<()> {
@@ -30,6 +35,9 @@ pub fn write_files(places: &Places, seed: &Seed) -> Result<()> {
     write_file(&folder.join("node.pem"), seed.certificate.as_bytes(), public, false)?;
     let private = Access { mode: 0o400, owner: None };
     write_file(&folder.join("node.key"), seed.key.as_bytes(), private, false)?;
+    for (name, ca) in list_external(&seed.cluster.external) {
+        write_file(&folder.join(format!("{name}.pem")), ca.as_bytes(), public, false)?;
+    }
     let passwd = std::fs::read_to_string(places.join("/etc/passwd")).unwrap_or_default();
     for account in ACCOUNTS {
         let Some((user, group)) = find_account(&passwd, account) else { continue };
@@ -55,6 +63,12 @@ pub fn write_files(places: &Places, seed: &Seed) -> Result<()> {
             .with_context(|| format!("giving {} to {account}", folder.display()))?;
     }
     Ok(())
+}
+
+/// Who certifies the services that are not the cluster's own.
+fn list_external(external: &External) -> Vec<(&'static str, &str)> {
+    let postgres = external.postgres.iter().map(|postgres| (POSTGRES_CA, postgres.ca.as_str()));
+    postgres.chain(external.redis.iter().map(|redis| (REDIS_CA, redis.ca.as_str()))).collect()
 }
 
 fn set_mode(path: &Path, mode: u32) -> Result<()> {
@@ -100,6 +114,20 @@ impl Tls {
             .with_single_cert(chain()?, key()?)
             .context("using the node's certificate")?;
         Ok(Tls { client: Arc::new(client), server: Arc::new(server) })
+    }
+
+    /// A client that trusts another CA and shows no certificate.
+    pub fn make_stranger(ca: &str) -> Result<Arc<ClientConfig>> {
+        let mut roots = RootCertStore::empty();
+        for certificate in read_certificates(ca).context("reading the CA")? {
+            roots.add(certificate).context("trusting the CA")?;
+        }
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        Ok(Arc::new(config))
     }
 
     pub fn from_seed(seed: &Seed) -> Result<Self> {

@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, anyhow};
 
-use super::{Context, FetchArgs};
+use super::{ArtifactArgs, Context, FetchArgs};
 use crate::config::Format;
 use crate::error::UserError;
 use crate::pipeline;
@@ -13,7 +13,9 @@ use crate::progress::{format_bytes, print_line};
 #[command(after_help = "Examples:
   stanchion build db                       out/db.raw, out/db.qcow2, out/db.manifest.json
   stanchion build db --format raw          only the raw disk
-  stanchion build --locked --offline       exactly the lock, nothing from the network")]
+  stanchion build --locked --offline       exactly the lock, nothing from the network
+  stanchion build web --artifact netbox=netbox.tar.gz
+                                           with this file instead of a download")]
 pub struct Args {
     /// Names of profiles
     #[arg(value_name = "PROFILE")]
@@ -31,6 +33,8 @@ pub struct Args {
     #[arg(long)]
     debug_shell: bool,
     #[command(flatten)]
+    artifact: ArtifactArgs,
+    #[command(flatten)]
     fetch: FetchArgs,
 }
 
@@ -45,6 +49,7 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
         formats: args.format,
         locked: args.locked,
         debug_shell: args.debug_shell,
+        artifacts: args.artifact.artifacts,
         fetch: args.fetch.into(),
     };
     let built = pipeline::build(&project, &names, &options, &context.progress)?;

@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -5,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result};
 
 use super::Context;
-use crate::cluster_dir::{add_missing, default_path, make_directory};
+use crate::cluster_dir::{add_missing, default_path, make_directory, read_brought_secrets};
 use crate::config::cluster::checklist::{Check, State, list_checks};
 use crate::config::cluster::ports::{Port, list_ports};
 use crate::config::cluster::{Cluster, find_certificate, load_cluster};
@@ -14,6 +15,7 @@ use crate::error::UserError;
 use crate::files::{Existing, is_occupied, write_beside};
 use crate::pki::Chain;
 use crate::progress::print_line;
+use crate::secrets::{POSTGRES, REDIS, S3_ACCESS_KEY, S3_SECRET_KEY, Secret};
 use crate::seed::{Brought, read_brought};
 
 /// The cluster file that is meant when none is named.
@@ -25,7 +27,7 @@ const TEMPLATE: &str = include_str!("../config/cluster/cluster.toml.in");
 #[command(after_help = "Examples:
   stanchion cluster new
   stanchion cluster check
-  stanchion cluster init")]
+  stanchion cluster init --s3-key-file s3.keys")]
 pub struct Args {
     #[command(subcommand)]
     verb: Verb,
@@ -57,15 +59,52 @@ enum Verb {
         /// stay as they are
         #[arg(long)]
         missing: bool,
+        #[command(flatten)]
+        brought: BroughtArgs,
     },
+}
+
+/// Secrets that somebody else has made
+#[derive(Debug, clap::Args)]
+struct BroughtArgs {
+    /// A file with the keys of the object storage: the access key on the first line, the
+    /// secret key on the second
+    #[arg(long, value_name = "FILE")]
+    s3_key_file: Option<PathBuf>,
+    /// A file with the password of `[external.postgres]`
+    #[arg(long, value_name = "FILE")]
+    postgres_password_file: Option<PathBuf>,
+    /// A file with the password of `[external.redis]`
+    #[arg(long, value_name = "FILE")]
+    redis_password_file: Option<PathBuf>,
+}
+
+impl BroughtArgs {
+    fn read(&self) -> Result<BTreeMap<String, Secret>> {
+        let mut given = BTreeMap::new();
+        for (file, names) in [
+            (&self.s3_key_file, &[S3_ACCESS_KEY, S3_SECRET_KEY][..]),
+            (&self.postgres_password_file, &[POSTGRES]),
+            (&self.redis_password_file, &[REDIS]),
+        ] {
+            let Some(file) = file else { continue };
+            let secrets = read_brought_secrets(file, names.len())?;
+            given.extend(names.iter().map(|name| name.to_string()).zip(secrets));
+        }
+        Ok(given)
+    }
 }
 
 pub fn run(context: &Context, args: Args) -> Result<()> {
     match args.verb {
         Verb::New { file } => write_new(context, &file),
         Verb::Check { file } => check(context, &file),
-        Verb::Init { file, dir, missing: false } => init(context, &file, dir),
-        Verb::Init { file, dir, missing: true } => add(context, &file, dir),
+        Verb::Init { file, dir, missing: false, brought } => {
+            init(context, &file, dir, &brought.read()?)
+        }
+        Verb::Init { file, dir, missing: true, brought } => {
+            add(context, &file, dir, &brought.read()?)
+        }
     }
 }
 
@@ -191,10 +230,15 @@ fn print_ports(ports: &[Port]) {
     }
 }
 
-fn init(context: &Context, file: &Path, dir: Option<PathBuf>) -> Result<()> {
+fn init(
+    context: &Context,
+    file: &Path,
+    dir: Option<PathBuf>,
+    given: &BTreeMap<String, Secret>,
+) -> Result<()> {
     let cluster = load_cluster(file, &context.find_project()?)?;
     let dir = dir.unwrap_or_else(|| default_path(file, &cluster));
-    make_directory(&dir, &cluster, read_clock()?)?;
+    make_directory(&dir, &cluster, given, read_clock()?)?;
     if context.json {
         let event = serde_json::json!({
             "event": "cluster_init", "cluster": cluster.name, "path": dir.display().to_string()
@@ -210,10 +254,15 @@ fn init(context: &Context, file: &Path, dir: Option<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-fn add(context: &Context, file: &Path, dir: Option<PathBuf>) -> Result<()> {
+fn add(
+    context: &Context,
+    file: &Path,
+    dir: Option<PathBuf>,
+    given: &BTreeMap<String, Secret>,
+) -> Result<()> {
     let cluster = load_cluster(file, &context.find_project()?)?;
     let dir = dir.unwrap_or_else(|| default_path(file, &cluster));
-    let added = add_missing(&dir, &cluster)?;
+    let added = add_missing(&dir, &cluster, given)?;
     if context.json {
         let event = serde_json::json!({
             "event": "cluster_init", "cluster": cluster.name, "path": dir.display().to_string(),

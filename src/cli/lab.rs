@@ -183,6 +183,8 @@ fn up(context: &Context, places: &Places, args: Up) -> Result<()> {
         formats: vec![Format::Raw],
         locked: false,
         debug_shell: false,
+        // A file that was given to `build` or `lock` is in the store.
+        artifacts: Vec::new(),
         fetch: args.fetch.clone().into(),
     };
     let profiles = [args.profile.clone()];

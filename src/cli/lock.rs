@@ -1,20 +1,24 @@
 use anyhow::Result;
 
-use super::{Context, FetchArgs};
+use super::{ArtifactArgs, Context, FetchArgs};
 use crate::lock::Update;
 use crate::pipeline;
 use crate::progress::print_line;
 
-/// Lock every package of every profile by version and SHA-256
+/// Lock every package and artifact of every profile by version and SHA-256
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   stanchion lock                       lock what is new in the profiles, keep the rest
   stanchion lock --update              take the newest version of everything
-  stanchion lock --update openssl      take the newest openssl, keep the rest")]
+  stanchion lock --update openssl      take the newest openssl, keep the rest
+  stanchion lock --artifact netbox=netbox.tar.gz
+                                       lock this file for the artifact `netbox`")]
 pub struct Args {
     /// Leave the locked versions: of these packages, or of all when none is named
     #[arg(long, value_name = "PACKAGE", num_args = 0..)]
     update: Option<Vec<String>>,
+    #[command(flatten)]
+    artifact: ArtifactArgs,
     #[command(flatten)]
     fetch: FetchArgs,
 }
@@ -27,7 +31,7 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
         Some(names) => Update::Named(names.into_iter().collect()),
     };
     let source = pipeline::Source::open(&args.fetch.into(), &context.progress)?;
-    let changes = pipeline::relock(&project, &source, &update)?;
+    let changes = pipeline::relock(&project, &source, &update, &args.artifact.artifacts)?;
     if context.json {
         print_line(&serde_json::json!({ "event": "locked", "changes": changes }).to_string());
         return Ok(());

@@ -32,6 +32,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::config::Project;
 use crate::error;
+use crate::pipeline::GivenArtifact;
 use crate::progress::{Mode, Progress, print_line};
 
 /// Build immutable appliance images that form a highly available NetBox by themselves.
@@ -112,6 +113,23 @@ pub struct FetchArgs {
     /// Downloads and threads at the same time (default: by the number of processors)
     #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub jobs: Option<u16>,
+}
+
+/// Files in the place of artifacts; shared by the verbs that need them.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ArtifactArgs {
+    /// Take this file for a layer's artifact, instead of fetching it (repeatable)
+    #[arg(long = "artifact", value_name = "NAME=FILE", value_parser = parse_artifact)]
+    artifacts: Vec<GivenArtifact>,
+}
+
+fn parse_artifact(text: &str) -> Result<GivenArtifact, String> {
+    match text.split_once('=') {
+        Some((name, file)) if !name.is_empty() && !file.is_empty() => {
+            Ok(GivenArtifact { name: name.to_string(), file: file.into() })
+        }
+        _ => Err("write NAME=FILE, such as netbox=netbox-4.6.9.tar.gz".to_string()),
+    }
 }
 
 /// Run the command line of this process: the agent's when that is its name.

@@ -8,6 +8,7 @@ use anyhow::Result;
 use serde::{Serialize, Serializer};
 use toml::Spanned;
 
+use super::build::{Build, check_build};
 use super::check::{
     check_account, check_argument, check_digest, check_mode, check_module, check_name,
     check_package, check_path, check_pattern, check_provided, check_text, check_unique, check_unit,
@@ -16,7 +17,7 @@ use super::check::{
 use super::raw::{RawArtifact, RawGroup, RawInitrd, RawLayer, RawOwner, RawUnits, RawUser, Text};
 use super::role::Role;
 use super::source::{Source, quote};
-use super::tree::{Owners, Ownership, TreeFile, read_trees};
+use super::tree::{Owners, Ownership, Sections, TreeFile, read_trees};
 use crate::digest::Digest;
 use crate::error::find_nearest;
 
@@ -51,6 +52,9 @@ pub struct Layer {
     pub units: Units,
     pub remove: Vec<Removal>,
     pub artifacts: Vec<Artifact>,
+    /// With it, the artifacts belong to the stage, not to the image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub build: Option<Build>,
     pub users: Vec<User>,
     pub groups: Vec<Group>,
     pub variables: toml::Table,
@@ -151,6 +155,8 @@ pub(super) struct Loaded {
     pub users: Vec<usize>,
     pub groups: Vec<usize>,
     pub artifacts: Vec<usize>,
+    /// Of `build.over`.
+    pub over: usize,
     pub initrd: usize,
 }
 
@@ -170,6 +176,11 @@ pub(super) fn load_layer(root: &Path, name: &str) -> Result<Loaded> {
         users: lines(raw.user.iter().map(|user| user.name.span().start).collect()),
         groups: lines(raw.group.iter().map(|group| group.name.span().start).collect()),
         artifacts: lines(raw.artifact.iter().map(|item| item.name.span().start).collect()),
+        over: raw
+            .build
+            .as_ref()
+            .and_then(|build| build.get_ref().over.as_ref())
+            .map_or(1, |over| source.line(over.span().start)),
         initrd: raw.initrd.as_ref().map_or(1, |initrd| source.line(initrd.span().start)),
         layer: check_layer(&source, name, raw, root, &folder)?,
     })
@@ -190,7 +201,9 @@ fn check_layer(
     let artifacts = check_artifacts(source, &raw.artifact)?;
     let mut owners = check_owners(source, &raw.owners)?;
     let initrd = raw.initrd.as_ref().map(|initrd| check_initrd(source, initrd)).transpose()?;
-    let trees = read_trees(source, root, folder, name, &mut owners, initrd.is_some())?;
+    let build = check_build(source, raw.build.as_ref().map(Spanned::get_ref), &raw.python)?;
+    let has = Sections { initrd: initrd.is_some(), build: build.is_some() };
+    let trees = read_trees(source, root, folder, name, &mut owners, has)?;
     let mut layer = Layer {
         name: name.to_string(),
         description: check_text(source, "description", &raw.description)?,
@@ -213,6 +226,7 @@ fn check_layer(
             })
             .collect::<Result<_>>()?,
         artifacts,
+        build: build.map(|build| Build { files: trees.build, ..build }),
         users: check_users(source, &raw.user)?,
         groups: check_groups(source, &raw.group)?,
         variables: check_variables(source, raw.variables)?,
@@ -250,7 +264,7 @@ fn check_role(source: &Source, text: &Text) -> Result<Role> {
     .into())
 }
 
-fn check_packages(source: &Source, texts: &[Text]) -> Result<Vec<PackageWish>> {
+pub(super) fn check_packages(source: &Source, texts: &[Text]) -> Result<Vec<PackageWish>> {
     let wishes = texts
         .iter()
         .map(|text| check_package(source, text))

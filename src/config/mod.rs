@@ -5,6 +5,7 @@
 //! [`cluster::load_cluster`] reads a cluster file. The keys are described in
 //! `docs/profiles-and-layers.md` and `docs/clusters.md`.
 
+pub mod build;
 mod check;
 pub mod cluster;
 mod explain;

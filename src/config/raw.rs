@@ -33,6 +33,9 @@ pub(super) struct RawLayer {
     pub agent: bool,
     #[serde(default)]
     pub artifact: Vec<RawArtifact>,
+    pub build: Option<Spanned<RawBuild>>,
+    #[serde(default)]
+    pub python: Vec<RawPython>,
     #[serde(default)]
     pub user: Vec<RawUser>,
     #[serde(default)]
@@ -65,6 +68,22 @@ pub(super) struct RawArtifact {
     #[serde(default)]
     pub unpack: bool,
     pub strip: Option<Spanned<u32>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default, expecting = "a table with `packages`, `commands` and `keep`")]
+pub(super) struct RawBuild {
+    pub over: Option<Text>,
+    pub packages: Vec<Text>,
+    pub commands: Vec<Text>,
+    pub keep: Vec<Text>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table with `path` and `requirements`")]
+pub(super) struct RawPython {
+    pub path: Text,
+    pub requirements: Vec<Text>,
 }
 
 #[derive(Deserialize)]

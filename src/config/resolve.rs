@@ -11,7 +11,7 @@ use super::layer::{Layer, Loaded, load_layer};
 use super::project::{explain_missing, list_layers};
 use super::raw::Text;
 use super::source::Source;
-use crate::error::UserError;
+use crate::error::{UserError, find_nearest};
 
 /// Load the layers in the order given, each after what it requires, and check them
 /// against each other.
@@ -34,6 +34,7 @@ pub(super) fn resolve_layers(
     check_ids(&placed)?;
     check_artifacts(&placed)?;
     check_initrds(&placed)?;
+    check_over(&placed)?;
     let mut exclude = Vec::new();
     let layers = placed.into_iter().map(|loaded| {
         let mut layer = loaded.layer;
@@ -140,6 +141,27 @@ fn check_artifacts(placed: &[Loaded]) -> Result<()> {
                 return Err(explain_twice(what, (loaded, *line), first).into());
             }
         }
+    }
+    Ok(())
+}
+
+/// A build stage begins on a layer that comes before its own.
+fn check_over(placed: &[Loaded]) -> Result<()> {
+    for (index, loaded) in placed.iter().enumerate() {
+        let over = loaded.layer.build.as_ref().and_then(|build| build.over.as_deref());
+        let Some(over) = over else { continue };
+        let below = || placed[..index].iter().map(|below| below.layer.name.as_str());
+        if below().any(|name| name == over) {
+            continue;
+        }
+        let error = UserError::new(format!("`{over}` is no layer below `{}`", loaded.layer.name))
+            .at(&loaded.file, loaded.over)
+            .why("a build stage begins on a layer that comes before its own");
+        return Err(match find_nearest(over, below()) {
+            Some(nearest) => error.help(format!("did you mean `{nearest}`?")),
+            None => error.help(format!("add `{over}` to `requires`")),
+        }
+        .into());
     }
     Ok(())
 }

@@ -78,6 +78,18 @@ impl Source {
     }
 }
 
+/// The text of a file of at most `limit` bytes; the error says why there is none.
+pub(super) fn read_small(path: &Path, limit: u64) -> Result<String, String> {
+    let mut bytes = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(limit + 1).read_to_end(&mut bytes))
+        .map_err(|error| format!("{}: {error}", path.display()))?;
+    if bytes.len() as u64 > limit {
+        return Err(format!("{} has more than {} KiB", path.display(), limit >> 10));
+    }
+    String::from_utf8(bytes).map_err(|_| format!("{} is not UTF-8 text", path.display()))
+}
+
 fn count_line(before: &[u8]) -> usize {
     1 + before.iter().filter(|byte| **byte == b'\n').count()
 }

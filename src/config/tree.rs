@@ -1,4 +1,4 @@
-//! The folders beside `layer.toml`: `tree/`, `skeleton/`, `boot/` and `initrd/`.
+//! The folders beside `layer.toml`: `tree/`, `skeleton/`, `build/`, `boot/` and `initrd/`.
 
 use std::collections::BTreeMap;
 use std::fs::{self, Metadata};
@@ -15,7 +15,7 @@ use super::source::{Source, quote};
 use crate::error::{UserError, find_nearest};
 
 /// What may stand in a layer's folder.
-const ENTRIES: [&str; 5] = ["layer.toml", "tree", "skeleton", "boot", "initrd"];
+const ENTRIES: [&str; 6] = ["layer.toml", "tree", "skeleton", "build", "boot", "initrd"];
 /// Where the agent can write: the rest of the root is read-only.
 const BOOT_FOLDERS: [&str; 3] = ["etc", "run", "var"];
 /// Where an image holds what the agent renders at boot.
@@ -102,6 +102,13 @@ pub(super) struct Trees {
     pub tree: Vec<TreeFile>,
     pub boot: Vec<TreeFile>,
     pub initrd: Vec<TreeFile>,
+    pub build: Vec<TreeFile>,
+}
+
+/// Which sections of `layer.toml` with a folder of their own there are.
+pub(super) struct Sections {
+    pub initrd: bool,
+    pub build: bool,
 }
 
 /// Something found in one of the folders.
@@ -129,7 +136,7 @@ pub(super) fn read_trees(
     folder: &Path,
     name: &str,
     owners: &mut Owners,
-    has_initrd: bool,
+    has: Sections,
 ) -> Result<Trees> {
     let mut trees = Trees::default();
     let (mut tree, mut skeleton, mut boot) = (Entries::new(), Entries::new(), Entries::new());
@@ -155,10 +162,11 @@ pub(super) fn read_trees(
             "tree" => tree = read_tree(root, &path)?,
             "skeleton" => skeleton = read_tree(root, &path)?,
             "boot" => boot = read_tree(root, &path)?,
-            _ if !has_initrd => {
-                let error = UserError::new("`initrd/` without `[initrd]`").in_file(path);
-                let help = format!("write `[initrd]` into {}", source.path().display());
-                return Err(error.help(help).into());
+            "initrd" if !has.initrd => return Err(explain_alone(source, &entry, path).into()),
+            "build" if !has.build => return Err(explain_alone(source, &entry, path).into()),
+            "build" => {
+                let entries = read_tree(root, &path)?;
+                trees.build = lay(source, entries, &mut Owners::default())?;
             }
             _ => {
                 let entries = read_tree(root, &path)?;
@@ -175,6 +183,12 @@ pub(super) fn read_trees(
     check_shipped(&trees.tree, &folder.join("tree"))?;
     trees.boot = ship(lay(source, boot, owners)?, folder, name);
     Ok(trees)
+}
+
+fn explain_alone(source: &Source, folder: &str, path: PathBuf) -> UserError {
+    UserError::new(format!("`{folder}/` without `[{folder}]`"))
+        .in_file(path)
+        .help(format!("write `[{folder}]` into {}", source.path().display()))
 }
 
 /// Refuse what no image would hold.

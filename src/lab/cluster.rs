@@ -9,14 +9,21 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result};
 
 use crate::cluster_dir::{self, ClusterDir};
-use crate::config::cluster::{Backup, Cluster, Ipv4Network, Node, Role, Tuning, check_rules};
+use crate::config::cluster::{
+    Backup, Cluster, External, Ipv4Network, Node, ObjectStorage, Role, Tuning, check_rules,
+};
 use crate::error::UserError;
+use crate::secrets::{list_brought, make_secret};
 use crate::seed::issue_seed;
 
 /// The nodes' host numbers count from here.
 const FIRST: u32 = 11;
 /// The host number of the VIP.
 const VIP: u32 = 100;
+
+/// The machine itself, and where an S3 server on it is looked for.
+const HOST: u32 = 254;
+const S3_PORT: u16 = 3900;
 
 /// Describe a cluster of `count` nodes `n1`, `n2`, … on `network`, each in a zone of its own,
 /// all made of `profile`, which has these roles.
@@ -47,8 +54,13 @@ pub fn plan_cluster(
         dns: Vec::new(),
         ntp: Vec::new(),
         nodes: (1..=u32::from(count)).map(node).collect(),
-        storage: None,
         backup: None,
+        storage: roles.contains(&Role::Web).then(|| ObjectStorage {
+            endpoint: format!("http://{}:{S3_PORT}", address(HOST)),
+            bucket: "netbox".to_string(),
+            region: "garage".to_string(),
+        }),
+        external: External::default(),
         tuning: Tuning::default(),
     };
     check_rules(&cluster).map_err(|fault| {
@@ -92,6 +104,10 @@ pub fn write_file(cluster: &Cluster) -> Result<String> {
         let backup = toml::to_string(backup).context("writing the cluster file")?;
         write!(text, "\n[backup]\n{backup}")?;
     }
+    if let Some(storage) = &cluster.storage {
+        let storage = toml::to_string(storage).context("writing the cluster file")?;
+        write!(text, "\n[storage]\n{storage}")?;
+    }
     let tuning = toml::to_string(&cluster.tuning).context("writing the cluster file")?;
     write!(text, "\n[tuning]\n{tuning}")?;
     Ok(text)
@@ -99,7 +115,11 @@ pub fn write_file(cluster: &Cluster) -> Result<String> {
 
 /// Make the CA and the secrets at `path`.
 pub fn make_secrets(path: &Path, cluster: &Cluster) -> Result<ClusterDir> {
-    cluster_dir::make_directory(path, cluster, read_clock()?)?;
+    // Whoever runs an S3 server for the lab finds its keys there.
+    let names = list_brought(cluster).into_iter();
+    let given = names.map(|name| Ok((name.to_string(), make_secret(name)?)));
+    let given = given.collect::<Result<_>>()?;
+    cluster_dir::make_directory(path, cluster, &given, read_clock()?)?;
     ClusterDir::open(path, cluster)
 }
 

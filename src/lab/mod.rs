@@ -61,8 +61,8 @@ pub struct Spec {
     pub network: Ipv4Network,
     pub nspawn: Nspawn,
     pub nodes: Vec<NodeSpec>,
-    /// What the nodes are to be seeded for; it has them all. Without one the lab gives each
-    /// node its address, and nothing else is set up in it.
+    /// What the nodes are to be seeded for. A node that it does not have, and every node of a
+    /// lab without one, gets its address, and nothing else is set up in it.
     pub cluster: Option<Cluster>,
 }
 
@@ -596,7 +596,8 @@ fn make(folder: &Folder, spec: &Spec, state: &State) -> Result<()> {
     for node in &spec.nodes {
         let place = folder.node(&node.name);
         place.create()?;
-        let seed = match &secrets {
+        let known = secrets.as_ref().filter(|(cluster, _)| cluster.find_node(&node.name).is_some());
+        let seed = match known {
             Some((cluster, directory)) => Some(cluster::make_seed(cluster, directory, &node.name)?),
             None => None,
         };

@@ -57,7 +57,10 @@ pub fn resolve(
         (Some(previous), Update::Nothing | Update::Named(_)) => previous.epoch,
         _ => newest,
     };
-    Ok(Lock { version: FORMAT, epoch, suites, packages, sets })
+    // What is from outside stays until it is locked anew.
+    let (artifacts, pythons) =
+        previous.map(|lock| (lock.artifacts.clone(), lock.pythons.clone())).unwrap_or_default();
+    Ok(Lock { version: FORMAT, epoch, suites, packages, sets, artifacts, pythons })
 }
 
 /// One version of each of some packages.

@@ -293,13 +293,13 @@ fn sets_of_profiles_that_are_gone_go_with_their_packages() {
         request("x+z", Some("x"), &["a"]),
     ];
     let lock = resolve(&requests, &universe, vec![], None, &Update::Nothing).unwrap();
-    let pruned = lock.prune(&requests[..2]);
+    let pruned = lock.prune(&requests[..2], &OutsideRequests::default());
     assert_eq!(show_changes(&pruned, &lock), ["a 3 removed"]);
     assert_eq!(pruned.sets.len(), 2);
     assert!(pruned.find_stale(&requests[..2]).is_empty());
     let anew = resolve(&requests[..2], &universe, vec![], Some(&lock), &Update::Nothing).unwrap();
     assert_eq!(pruned, anew);
-    assert_eq!(lock.prune(&requests), lock);
+    assert_eq!(lock.prune(&requests, &OutsideRequests::default()), lock);
 }
 
 #[test]

@@ -13,13 +13,14 @@ use super::placing::place;
 use super::sets;
 use super::source::Source;
 use super::unpacked::add_packages;
-use crate::config::layer::Layer;
+use crate::config::layer::{self as config, Layer};
 use crate::config::profile::Profile;
 use crate::config::tree::TreeFile;
 use crate::digest::{Digest, Key};
 use crate::disk::guid::Guid;
 use crate::disk::{erofs, verity};
 use crate::lock::{self, Lock};
+use crate::progress::Step;
 use crate::rootfs::accounts::{Account, UserFields};
 use crate::rootfs::layer::{Artifact, Common, Deb, FilesJob, PackagesJob, Sealed, StandIn};
 use crate::sandbox::{Sandbox, Spec};
@@ -65,18 +66,27 @@ pub struct LayerBuilder<'a> {
 }
 
 /// What the layers up to one have in common for the next.
-#[derive(Default)]
-struct Below {
-    trees: Vec<PathBuf>,
-    key: Option<Digest>,
-    exclude: Vec<String>,
-    accounts: Vec<Account>,
+#[derive(Clone, Default)]
+pub(super) struct Below {
+    pub trees: Vec<PathBuf>,
+    pub key: Option<Digest>,
+    pub exclude: Vec<String>,
+    pub accounts: Vec<Account>,
 }
 
 impl Below {
     fn push(&mut self, diff: &Diff) {
         self.trees.push(diff.tree.clone());
         self.key = Some(diff.key.digest());
+    }
+
+    /// As [`Below::push`], for a diff whose own key says nothing of what lies below it.
+    fn push_stage(&mut self, diff: &Diff) {
+        let mut key = Key::new("over", 1);
+        key.add("below", self.key.map(|key| key.to_string()).unwrap_or_default());
+        key.add("build", diff.key.digest().as_bytes());
+        self.trees.push(diff.tree.clone());
+        self.key = Some(key.digest());
     }
 }
 
@@ -85,6 +95,7 @@ impl LayerBuilder<'_> {
     pub fn build(&self, profile: &Profile) -> Result<Vec<Diff>> {
         let mut diffs = Vec::new();
         let mut below = Below::default();
+        let mut belows = vec![below.clone()];
         for (index, layer) in profile.layers.iter().enumerate() {
             below.exclude = layer.exclude.clone();
             below.accounts.extend(list_accounts(layer));
@@ -92,9 +103,13 @@ impl LayerBuilder<'_> {
             let packages = self.build_packages(profile, layer, &set, &below)?;
             packages.iter().for_each(|diff| below.push(diff));
             diffs.extend(packages);
+            let stage = self.build_stage(profile, index, &belows)?;
+            stage.iter().for_each(|diff| below.push_stage(diff));
+            diffs.extend(stage);
             let files = self.build_files(profile, layer, &below)?;
             files.iter().for_each(|diff| below.push(diff));
             diffs.extend(files);
+            belows.push(below.clone());
         }
         Ok(diffs)
     }
@@ -117,7 +132,7 @@ impl LayerBuilder<'_> {
         });
         place(profile, &layer.skeleton, None, &mut key)?;
 
-        self.provide(layer, "packages", key, below, |scratch| {
+        self.provide(layer, "packages", key, below, |scratch, _| {
             let skeleton = place(profile, &layer.skeleton, Some(scratch), &mut Key::default())?;
             let job = PackagesJob {
                 common: self.describe_common(layer, below, scratch),
@@ -145,8 +160,10 @@ impl LayerBuilder<'_> {
     fn build_files(&self, profile: &Profile, layer: &Layer, below: &Below) -> Result<Option<Diff>> {
         let units = &layer.units;
         let files: Vec<TreeFile> = layer.files.iter().chain(&layer.boot).cloned().collect();
+        // With a build stage the artifacts belong to it.
+        let own_artifacts = if layer.build.is_some() { &[][..] } else { &layer.artifacts[..] };
         let nothing = files.is_empty()
-            && layer.artifacts.is_empty()
+            && own_artifacts.is_empty()
             && layer.commands.is_empty()
             && !layer.agent
             && units.enable.is_empty()
@@ -157,15 +174,7 @@ impl LayerBuilder<'_> {
         }
         let mut key = self.begin_key("files", FILES_VERSION, layer, below);
         place(profile, &files, None, &mut key)?;
-        for artifact in &layer.artifacts {
-            key.add(format!("artifact {}", artifact.name), artifact.sha256.as_bytes());
-            key.add("artifact path", artifact.path.as_os_str().as_encoded_bytes());
-            key.add("artifact unpack", format!("{} {}", artifact.unpack, artifact.strip));
-            key.add(
-                "artifact owner and mode",
-                format!("{}:{} {:o}", artifact.owner, artifact.group, artifact.mode),
-            );
-        }
+        add_artifacts(&mut key, own_artifacts);
         let program = layer.agent.then(agent::read_program).transpose()?;
         if let Some(program) = &program {
             key.add(format!("agent {}", agent::PATH), Digest::of(program).as_bytes());
@@ -181,19 +190,8 @@ impl LayerBuilder<'_> {
             key.add("command", command);
         });
 
-        self.provide(layer, "files", key, below, |scratch| {
-            let mut artifacts: Vec<Artifact> = layer
-                .artifacts
-                .iter()
-                .map(|artifact| Artifact {
-                    path: self.source.store.file_path(&artifact.sha256),
-                    target: artifact.path.clone(),
-                    unpack: artifact.unpack.then_some(artifact.strip as usize),
-                    owner: artifact.owner.clone(),
-                    group: artifact.group.clone(),
-                    mode: artifact.mode,
-                })
-                .collect();
+        self.provide(layer, "files", key, below, |scratch, _| {
+            let mut artifacts = describe_artifacts(self.source, own_artifacts);
             if let Some(program) = &program {
                 artifacts.push(describe_agent(program, scratch)?);
             }
@@ -211,7 +209,7 @@ impl LayerBuilder<'_> {
         .map(Some)
     }
 
-    fn begin_key(&self, step: &str, version: u32, layer: &Layer, below: &Below) -> Key {
+    pub(super) fn begin_key(&self, step: &str, version: u32, layer: &Layer, below: &Below) -> Key {
         let mut key = Key::new(step, version);
         key.add("layer", &layer.name);
         key.add("below", below.key.map(|key| key.to_string()).unwrap_or_default());
@@ -229,7 +227,7 @@ impl LayerBuilder<'_> {
         key
     }
 
-    fn describe_common(&self, layer: &Layer, below: &Below, scratch: &Path) -> Common {
+    pub(super) fn describe_common(&self, layer: &Layer, below: &Below, scratch: &Path) -> Common {
         Common {
             layer: layer.name.clone(),
             epoch: self.lock.epoch,
@@ -242,13 +240,13 @@ impl LayerBuilder<'_> {
     }
 
     /// The diff of `key` from the store, or the sandbox's work on the job.
-    fn provide(
+    pub(super) fn provide(
         &self,
         layer: &Layer,
         what: &str,
         key: Key,
         below: &Below,
-        describe: impl FnOnce(&Path) -> Result<(&'static str, Value)>,
+        describe: impl FnOnce(&Path, &Step) -> Result<(&'static str, Value)>,
     ) -> Result<Diff> {
         let name = format!("{} {what}", layer.name);
         let step = self.source.progress.begin(&name);
@@ -281,8 +279,8 @@ impl LayerBuilder<'_> {
         &self,
         scratch: &Scratch,
         below: &Below,
-        describe: impl FnOnce(&Path) -> Result<(&'static str, Value)>,
-        step: &crate::progress::Step,
+        describe: impl FnOnce(&Path, &Step) -> Result<(&'static str, Value)>,
+        step: &Step,
     ) -> Result<()> {
         let folder = scratch.path();
         let spec = Spec {
@@ -299,7 +297,7 @@ impl LayerBuilder<'_> {
                 .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(0o755)))
                 .with_context(|| format!("making {}", path.display()))?;
         }
-        let (job, input) = describe(folder)?;
+        let (job, input) = describe(folder, step)?;
         let sealed = self.sandbox.start(&spec, job, input, &mut |line| step.update(line))?;
         let sealed: Sealed = serde_json::from_value(sealed).context("reading the job's answer")?;
 
@@ -327,6 +325,33 @@ impl LayerBuilder<'_> {
         }
         Ok(())
     }
+}
+
+/// Artifacts as inputs of a step.
+pub(super) fn add_artifacts(key: &mut Key, artifacts: &[config::Artifact]) {
+    for artifact in artifacts {
+        key.add(format!("artifact {}", artifact.name), artifact.sha256.as_bytes());
+        key.add("artifact path", artifact.path.as_os_str().as_encoded_bytes());
+        key.add("artifact unpack", format!("{} {}", artifact.unpack, artifact.strip));
+        key.add(
+            "artifact owner and mode",
+            format!("{}:{} {:o}", artifact.owner, artifact.group, artifact.mode),
+        );
+    }
+}
+
+pub(super) fn describe_artifacts(source: &Source, artifacts: &[config::Artifact]) -> Vec<Artifact> {
+    artifacts
+        .iter()
+        .map(|artifact| Artifact {
+            path: source.store.file_path(&artifact.sha256),
+            target: artifact.path.clone(),
+            unpack: artifact.unpack.then_some(artifact.strip as usize),
+            owner: artifact.owner.clone(),
+            group: artifact.group.clone(),
+            mode: artifact.mode,
+        })
+        .collect()
 }
 
 /// The agent's program as a file for the sandbox, written to `scratch`.
@@ -371,7 +396,7 @@ fn open_diff(name: String, layer: &Layer, key: Key, entry: &Path) -> Result<Diff
 }
 
 /// Groups first: users may be in them.
-fn list_accounts(layer: &Layer) -> Vec<Account> {
+pub(super) fn list_accounts(layer: &Layer) -> Vec<Account> {
     let show = |path: &Path| path.to_string_lossy().into_owned();
     let groups = layer.groups.iter().map(|group| Account {
         name: group.name.clone(),

@@ -6,14 +6,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use super::sets;
+use super::artifacts::{self, GivenArtifact};
 use super::source::Source;
+use super::{python, sets};
 use crate::config::Project;
 use crate::config::profile::Profile;
 use crate::digest::Digest;
 use crate::error::UserError;
 use crate::fetch::Vanished;
-use crate::lock::{self, Change, Lock, LockedPackage, SetRequest, Update};
+use crate::lock::{self, Change, Lock, LockedPackage, OutsideRequests, SetRequest, Update};
 use crate::tools;
 
 /// What is wrong with a profile, by its name.
@@ -24,18 +25,25 @@ pub fn lock_path(project: &Project) -> PathBuf {
 }
 
 /// Lock what the project's profiles ask for; say what changed.
-pub fn relock(project: &Project, source: &Source, update: &Update) -> Result<Vec<Change>> {
+pub fn relock(
+    project: &Project,
+    source: &Source,
+    update: &Update,
+    given: &[GivenArtifact],
+) -> Result<Vec<Change>> {
     let path = lock_path(project);
     let previous = Lock::load(&path)?;
     if let (Some(previous), Update::Named(names)) = (&previous, update) {
         previous.check_names(names)?;
     }
-    let requests = sets::list_requests(&load_all(project)?);
-    let lock = match &previous {
+    let profiles = load_all(project)?;
+    let (requests, outside) = (sets::list_requests(&profiles), sets::list_outside(&profiles));
+    let taken = artifacts::take(source, &profiles, given)?;
+    let mut lock = match &previous {
         Some(previous)
             if *update == Update::Nothing && previous.find_stale(&requests).is_empty() =>
         {
-            previous.prune(&requests)
+            previous.clone()
         }
         _ => {
             if source.is_offline() {
@@ -48,6 +56,12 @@ pub fn relock(project: &Project, source: &Source, update: &Update) -> Result<Vec
             source.solve(&offered, &requests, previous.as_ref(), update)?
         }
     };
+    if *update == Update::Everything {
+        (lock.artifacts, lock.pythons) = Default::default();
+    }
+    artifacts::lock_taken(source, &mut lock, &outside.artifacts, &taken)?;
+    lock_outside(source, &mut lock, &outside)?;
+    let lock = lock.prune(&requests, &outside);
     if previous.as_ref() != Some(&lock) {
         lock.save(&path)?;
     }
@@ -69,7 +83,9 @@ pub fn prepare_lock(
     let previous = Lock::load(&path)?;
     let mut failures = Failures::new();
     let is_stale = |profile: &Profile, lock: &Lock| !lock.find_stale(&request(profile)).is_empty();
-    let lock = match previous {
+    let saved = previous.clone();
+    let mut is_savable = !locked;
+    let mut lock = match previous {
         Some(lock) if !profiles.iter().any(|profile| is_stale(profile, &lock)) => lock,
         previous if locked || source.is_offline() => {
             let explain = |profile| explain_stale(&path, previous.as_ref(), profile, locked);
@@ -90,13 +106,15 @@ pub fn prepare_lock(
             else {
                 return Ok((None, failures));
             };
-            announce(source, previous.as_ref(), &lock);
-            if is_whole {
-                lock.save(&path)?;
-            }
+            is_savable &= is_whole;
             lock
         }
     };
+    lock_outside_each(source, &path, &mut lock, profiles, locked, &mut failures);
+    announce(source, saved.as_ref(), &lock);
+    if is_savable && saved.as_ref() != Some(&lock) {
+        lock.save(&path)?;
+    }
 
     let left = |failures: &Failures| -> Vec<Profile> {
         profiles.iter().filter(|profile| !failures.contains_key(&profile.name)).cloned().collect()
@@ -136,6 +154,60 @@ pub fn prepare_lock(
         renewed.save(&path)?;
     }
     Ok((Some(renewed), failures))
+}
+
+/// Lock for each profile what it needs from outside; a profile for which that cannot be done
+/// joins the failures. Other profiles' answers stay as they are.
+fn lock_outside_each(
+    source: &Source,
+    path: &Path,
+    lock: &mut Lock,
+    profiles: &[Profile],
+    locked: bool,
+    failures: &mut Failures,
+) {
+    for profile in profiles {
+        if failures.contains_key(&profile.name) {
+            continue;
+        }
+        let outside = sets::list_outside(std::slice::from_ref(profile));
+        let stale = lock.find_stale_outside(&outside);
+        let done = match locked && !stale.is_empty() {
+            true => {
+                let why = format!("these changed: {}", stale.join(", "));
+                Err(explain_stale_names(path, why, locked).into())
+            }
+            false => lock_outside(source, lock, &outside),
+        };
+        if let Err(error) = done {
+            failures.insert(profile.name.clone(), error);
+        }
+    }
+}
+
+/// Answer what is asked for from outside and not locked yet.
+fn lock_outside(source: &Source, lock: &mut Lock, outside: &OutsideRequests) -> Result<()> {
+    for request in &outside.artifacts {
+        if lock.find_artifact(request).is_none() {
+            lock.put_artifact(request, request.sha256);
+        }
+    }
+    for request in &outside.pythons {
+        if lock.find_python(request).is_some() {
+            continue;
+        }
+        if source.is_offline() {
+            return Err(UserError::new(
+                "distributions of Python cannot be chosen without a network",
+            )
+            .why(format!("the lock does not hold what layer `{}` asks for", request.layer))
+            .help("run `stanchion lock` with a network first")
+            .into());
+        }
+        let distributions = python::resolve(source, lock, request)?;
+        lock.put_python(request, distributions);
+    }
+    Ok(())
 }
 
 /// Solve for all profiles of the project, so that they have the same versions. Where that
@@ -279,6 +351,10 @@ fn explain_stale(path: &Path, lock: Option<&Lock>, profile: &Profile, locked: bo
         }
         None => "there is none".to_string(),
     };
+    explain_stale_names(path, why, locked)
+}
+
+fn explain_stale_names(path: &Path, why: String, locked: bool) -> UserError {
     UserError::new("the lock does not hold what the profiles ask for").in_file(path).why(why).help(
         match locked {
             true => "run `stanchion lock`, or leave --locked out",

@@ -1,15 +1,18 @@
 //! The whole build as one list of verbs.
 
 mod agent;
+mod artifacts;
 mod image;
 mod layers;
 mod locking;
 mod manifest;
 mod outputs;
 mod placing;
+mod python;
 mod room;
 mod sets;
 mod source;
+mod stage;
 mod templates;
 mod unpacked;
 mod why;
@@ -27,14 +30,15 @@ use crate::config::profile::Profile;
 use crate::digest::{Digest, Key};
 use crate::lock::{Lock, LockedPackage};
 use crate::progress::{Progress, StepTime};
-use crate::rootfs::layer;
+use crate::rootfs::{layer, stage as stage_jobs};
 use crate::sandbox::{Inside, Sandbox};
 use crate::store::Scratch;
 use crate::tools;
+pub use artifacts::GivenArtifact;
 use image::ImageBuilder;
 use layers::{Diff, LayerBuilder};
 pub use locking::{Failures, lock_path, prepare_lock, relock};
-pub use manifest::{InnerManifest, Manifest, OutputEntry};
+pub use manifest::{InnerManifest, LayerEntry, Manifest, OutputEntry};
 pub use source::{FetchOptions, Source};
 pub use unpacked::provide_tools;
 pub use why::explain_presence;
@@ -47,6 +51,7 @@ pub struct BuildOptions {
     pub formats: Vec<Format>,
     pub locked: bool,
     pub debug_shell: bool,
+    pub artifacts: Vec<GivenArtifact>,
     pub fetch: FetchOptions,
 }
 
@@ -119,10 +124,15 @@ fn build_sound(
     let growing = outputs::prepare_folder(&options.out)?;
     room::check(&source, &options.out, profiles)?;
     Sandbox::default().require(source.store.root())?;
+    let taken = artifacts::take(&source, profiles, &options.artifacts)?;
     let explain_full = |error| room::explain_full(error, source.store.root(), &options.out);
     let (lock, unlocked) =
         locking::prepare_lock(project, &source, profiles, options.locked).map_err(explain_full)?;
     failures.extend(unlocked);
+    if let Some(lock) = &lock {
+        let requests = artifacts::list_requests(profiles);
+        artifacts::store_taken(&source, lock, &requests, &taken).map_err(explain_full)?;
+    }
     let is_left = |profile: &Profile| !failures.contains_key(&profile.name);
     let Some(lock) = lock.filter(|_| profiles.iter().any(is_left)) else {
         return Ok(BTreeMap::new());
@@ -143,9 +153,8 @@ fn build_sound(
         if failures.contains_key(&profile.name) {
             continue;
         }
-        let outcome = source
-            .fetch_artifacts(profile)
-            .and_then(|()| builder.build(profile).map_err(explain_full))
+        let outcome = fetch_outside(&source, &lock, profile)
+            .and_then(|()| builder.build(&artifacts::pin(profile, &lock)).map_err(explain_full))
             .with_context(|| format!("building profile `{}`", profile.name));
         match outcome {
             Ok(image) => drop(built.insert(profile.name.clone(), image)),
@@ -153,6 +162,12 @@ fn build_sound(
         }
     }
     Ok(built)
+}
+
+/// Have what the profile needs from outside of Debian in the store.
+fn fetch_outside(source: &Source, lock: &Lock, profile: &Profile) -> Result<()> {
+    artifacts::fetch(source, profile, lock)?;
+    python::fetch(source, lock, &python::list_all(lock, profile)?)
 }
 
 struct Builder<'a> {
@@ -191,8 +206,10 @@ impl Builder<'_> {
             return Ok(describe(&manifest, out, began, true));
         }
         let packages = self.list_packages(profile)?;
+        let pythons = python::list_all(self.lock, profile)?;
         let day = image::format_day(self.lock.epoch);
-        let description = manifest::Description::new(profile, &diffs, &packages, key, &day);
+        let description =
+            manifest::Description::new(profile, &diffs, &packages, &pythons, key, &day);
         let raw = self.growing.path().join(format!("{}.raw", profile.name));
         let disk = images.build_disk(profile, &diffs, &initrd, &description, &raw)?;
         let written = outputs::write(self.source, self.tools, profile, formats, &raw)?;
@@ -208,6 +225,7 @@ impl Builder<'_> {
             layers: description.layers,
             packages: description.packages,
             artifacts: description.artifacts,
+            pythons: description.pythons,
             outputs: written,
             steps: [self.shared, &self.source.progress.step_times()[before..]].concat(),
         };
@@ -269,6 +287,15 @@ pub fn handle_job(
     inside: &mut Inside,
 ) -> Result<serde_json::Value> {
     let sealed = match job {
+        python::PIP_JOB => {
+            let output = python::run_job(&serde_json::from_value(input)?, inside)?;
+            return Ok(output.into());
+        }
+        stage::STAGE_JOB => {
+            stage_jobs::build_stage(&serde_json::from_value(input)?, inside)?;
+            return Ok(serde_json::Value::Null);
+        }
+        stage::KEEP_JOB => stage_jobs::seal_kept(&serde_json::from_value(input)?, inside)?,
         layers::PACKAGES_JOB => layer::build_packages(&serde_json::from_value(input)?, inside)?,
         layers::FILES_JOB => layer::build_files(&serde_json::from_value(input)?, inside)?,
         _ => anyhow::bail!("this program has no job named `{job}`"),

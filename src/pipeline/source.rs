@@ -7,14 +7,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::config::profile::Profile;
 use crate::debian::index::{self, Package};
 use crate::debian::mirror::{Mirror, Places};
 use crate::debian::package;
 use crate::debian::solve::Universe;
 use crate::digest::Digest;
 use crate::error::UserError;
-use crate::fetch::{Download, Fetcher, Vanished};
+use crate::fetch::{Download, Fetcher};
 use crate::lock::{self, Lock, LockedPackage, LockedSuite, SetRequest, Update};
 use crate::progress::Progress;
 use crate::repository;
@@ -209,22 +208,9 @@ impl Source {
             .into()
     }
 
-    /// Files of the layers from outside the archive.
-    pub fn fetch_artifacts(&self, profile: &Profile) -> Result<()> {
-        let mut downloads = Vec::new();
-        for layer in &profile.layers {
-            downloads.extend(layer.artifacts.iter().map(|artifact| Download {
-                name: format!("artifact `{}` of layer `{}`", artifact.name, layer.name),
-                urls: vec![artifact.url.clone()],
-                digest: artifact.sha256,
-                size: None,
-            }));
-        }
-        let fetched = self.fetcher.fetch_all(&self.store, &downloads, &self.progress);
-        fetched.map(drop).map_err(|error| match error.downcast::<Vanished>() {
-            Ok(vanished) => explain_missing_artifacts(&vanished, &downloads).into(),
-            Err(error) => error,
-        })
+    /// Files from outside the archive.
+    pub fn fetch_files(&self, downloads: &[Download]) -> Result<()> {
+        self.fetcher.fetch_all(&self.store, downloads, &self.progress).map(drop)
     }
 }
 
@@ -239,15 +225,4 @@ fn read_locked(locked: &LockedPackage, path: &Path) -> Result<Vec<Package>> {
     let place =
         format!("Filename: {}\nSize: {}\nSHA256: {}\n", locked.path, locked.size, locked.sha256);
     index::parse_packages(&format!("{}\n{place}", control.trim_end()), &locked.suite)
-}
-
-fn explain_missing_artifacts(vanished: &Vanished, downloads: &[Download]) -> UserError {
-    let missing: Vec<String> = downloads
-        .iter()
-        .filter(|download| vanished.names.contains(&download.name))
-        .map(|download| format!("{}: {}", download.name, download.urls.join(", ")))
-        .collect();
-    UserError::new("there is no such file (any more) at the URL of an artifact")
-        .why(missing.join("\n"))
-        .help("mend its `url` in layer.toml, and its `sha256` when it is another version")
 }

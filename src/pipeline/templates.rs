@@ -1,4 +1,4 @@
-//! The templates of a profile's layers: those of `tree/`, `skeleton/` and `initrd/` are
+//! The templates of a profile's layers: those of `tree/`, `skeleton/`, `build/` and `initrd/` are
 //! rendered here, those of `boot/` on the node.
 
 use std::fs;
@@ -19,7 +19,8 @@ use crate::template;
 pub fn check(profile: &Profile) -> Result<()> {
     for layer in &profile.layers {
         let initrd = layer.initrd.iter().flat_map(|initrd| &initrd.files);
-        for file in layer.skeleton.iter().chain(&layer.files).chain(initrd) {
+        let build = layer.build.iter().flat_map(|build| &build.files);
+        for file in layer.skeleton.iter().chain(&layer.files).chain(build).chain(initrd) {
             if let TreeKind::File { source, template: true } = &file.kind {
                 render(profile, source)?;
             }
@@ -67,7 +68,7 @@ mod tests {
         fs::create_dir(root.path().join("profiles")).unwrap();
         let profile = "description = \"p\"\nlayers = [\"a\"]\nvariables.port = 2379\n";
         fs::write(root.path().join("profiles/p.toml"), profile).unwrap();
-        let layer = "description = \"a\"\n[initrd]\n";
+        let layer = "description = \"a\"\n[initrd]\n[build]\nkeep = [\"/opt/x\"]\n";
         fs::write(root.path().join("layers/a/layer.toml"), layer).unwrap();
         check(&Project::find(root.path()).unwrap().load_profile("p").unwrap())
     }
@@ -80,7 +81,7 @@ mod tests {
 
     #[test]
     fn what_the_builder_renders_must_have_its_variables() {
-        for folder in ["tree", "skeleton", "initrd"] {
+        for folder in ["tree", "skeleton", "build", "initrd"] {
             let path = format!("{folder}/etc/x.j2");
             check_file(&path, b"{{ port }}\n").unwrap();
             assert_eq!(

@@ -22,6 +22,7 @@ fn make_cluster() -> Cluster {
         nodes: (1..=3).map(node).collect(),
         storage: None,
         backup: None,
+        external: Default::default(),
         tuning: Tuning::default(),
     }
 }

@@ -135,24 +135,29 @@ const UNPACKED_LIMIT: u64 = 8 << 30;
 
 pub fn build_packages(job: &PackagesJob, inside: &mut Inside) -> Result<Sealed> {
     let root = inside.root()?;
-    inside.say("unpacking")?;
-    let unpacked = unpack(job, &root)?;
-    dpkg::register(&root, &unpacked)?;
-    if let Some(stand_in) = &job.stand_in {
-        stand_in::register(&root, &stand_in.name, &stand_in.provides)?;
-    }
-    place_files(&root, &job.skeleton)?;
-    accounts::add(&root, &job.common.accounts)?;
+    install_packages(job, inside, &root)?;
+    let own: Vec<&Path> = job.skeleton.iter().filter_map(own_file).collect();
+    seal::seal(&job.common, &own, inside, "packages")
+}
 
-    write_policy(&root)?;
-    let configured = configure(job, inside, &root, &unpacked);
+/// Unpack, register and configure, over whatever is there.
+pub(super) fn install_packages(job: &PackagesJob, inside: &mut Inside, root: &Path) -> Result<()> {
+    inside.say("unpacking")?;
+    let unpacked = unpack(job, root)?;
+    dpkg::register(root, &unpacked)?;
+    if let Some(stand_in) = &job.stand_in {
+        stand_in::register(root, &stand_in.name, &stand_in.provides)?;
+    }
+    place_files(root, &job.skeleton)?;
+    accounts::add(root, &job.common.accounts)?;
+
+    write_policy(root)?;
+    let configured = configure(job, inside, root, &unpacked);
     if configured.is_err() && job.common.debug_shell {
         inside.open_shell()?;
     }
     configured?;
-    remove_file(&root.join(POLICY))?;
-    let own: Vec<&Path> = job.skeleton.iter().filter_map(own_file).collect();
-    seal::seal(&job.common, &own, inside, "packages")
+    remove_file(&root.join(POLICY))
 }
 
 fn list_essential(unpacked: &[Unpacked]) -> Result<Vec<String>> {
@@ -280,7 +285,7 @@ fn explain_failure(job: &PackagesJob, error: anyhow::Error, what: &str) -> anyho
     describe_failure(&job.common, error, &format!("{what} failed in layer `{}`", job.common.layer))
 }
 
-fn describe_failure(common: &Common, error: anyhow::Error, what: &str) -> anyhow::Error {
+pub(super) fn describe_failure(common: &Common, error: anyhow::Error, what: &str) -> anyhow::Error {
     match error.downcast_ref::<Failed>() {
         Some(failed) if !common.debug_shell => UserError::new(what)
             .why(failed.to_string())
@@ -348,7 +353,7 @@ fn own_file(file: &Placed) -> Option<&Path> {
 }
 
 /// Lay files down; they are the image's own, and replace what packages brought.
-fn place_files(root: &Path, files: &[Placed]) -> Result<()> {
+pub(super) fn place_files(root: &Path, files: &[Placed]) -> Result<()> {
     let fd = place::open_root(root)?;
     let mut walker = Walker::new(&fd, dpkg::make_folder)?;
     for file in files {
@@ -409,7 +414,7 @@ fn place_file(root: &Path, walker: &mut Walker<'_>, file: &Placed) -> Result<()>
     Ok(fs::set_permissions(&path, fs::Permissions::from_mode(file.mode))?)
 }
 
-fn place_artifact(root: &Path, artifact: &Artifact) -> Result<()> {
+pub(super) fn place_artifact(root: &Path, artifact: &Artifact) -> Result<()> {
     let kind = match artifact.unpack {
         Some(_) => PlacedKind::Directory { keep_existing: true },
         None => PlacedKind::File(artifact.path.clone()),

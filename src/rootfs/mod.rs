@@ -11,5 +11,6 @@ pub mod layer;
 pub mod pack;
 mod place;
 mod seal;
+pub mod stage;
 mod stand_in;
 mod unpacker;

@@ -40,7 +40,7 @@ pub fn serve_if_asked(handler: Handler) -> Option<ExitCode> {
     let is_first = rustix::process::getpid() == rustix::process::Pid::INIT;
     let done = match stage.to_str() {
         Some("worker" | "init") if !is_first => Err(anyhow!("only the sandbox starts this")),
-        Some("helper") => help(),
+        Some("helper") => help(rest.first().is_some_and(|word| word == wire::NETWORK)),
         Some("worker") => work(handler),
         Some("enter") => init::enter(&rest),
         Some("init") => init::run(&rest),
@@ -56,15 +56,16 @@ pub fn serve_if_asked(handler: Handler) -> Option<ExitCode> {
 }
 
 /// Enter the namespaces, have the builder map ids, then start the worker and wait for it.
-fn help() -> Result<()> {
+/// With `network` it keeps the host's.
+fn help(network: bool) -> Result<()> {
     let terminal = find_own_terminal();
     let mut stdout = std::io::stdout();
     let flags = UnshareFlags::NEWUSER
         | UnshareFlags::NEWNS
         | UnshareFlags::NEWPID
         | UnshareFlags::NEWIPC
-        | UnshareFlags::NEWUTS
-        | UnshareFlags::NEWNET;
+        | UnshareFlags::NEWUTS;
+    let flags = if network { flags } else { flags | UnshareFlags::NEWNET };
     // SAFETY: no memory or descriptor table is unshared.
     if let Err(errno) = unsafe { rustix::thread::unshare_unsafe(flags) } {
         let causes = wire::list_causes(&probe::explain_unshare(errno).into());
@@ -134,7 +135,9 @@ fn perform(handler: Handler, job: &[u8], events: File) -> Result<Value> {
     mounts::detach_from_host().map_err(probe::explain_first_mount)?;
     let hostname = spec.hostname.as_deref().unwrap_or("localhost");
     rustix::system::sethostname(hostname.as_bytes()).context("setting the host name")?;
-    raise_loopback().context("raising the loopback interface")?;
+    if !spec.network {
+        raise_loopback().context("raising the loopback interface")?;
+    }
     if spec.merged.is_some() {
         mounts::prepare(&spec).context("preparing the sandbox's tree")?;
     }

@@ -71,6 +71,8 @@ pub struct Spec {
     pub env: BTreeMap<String, String>,
     /// `None`: `localhost`.
     pub hostname: Option<String>,
+    /// Share the host's network instead of having none.
+    pub network: bool,
 }
 
 /// A file or directory of the host, shown to programs at the absolute path `to`: one that
@@ -117,6 +119,7 @@ impl Sandbox {
         let job = serde_json::to_vec(&job).context("describing the job")?;
         let mut child = Command::new(&self.program)
             .args([wire::ENTRY, "helper"])
+            .args(spec.network.then_some(wire::NETWORK))
             .input(Vec::new())
             .spawn()
             .context("starting the sandbox")?;

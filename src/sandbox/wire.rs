@@ -11,6 +11,8 @@ use crate::error::UserError;
 
 /// The hidden first argument of every stage.
 pub const ENTRY: &str = "__sandbox";
+/// The word that lets a helper keep the host's network.
+pub const NETWORK: &str = "network";
 
 const LONGEST_EVENT: u64 = 64 << 20;
 

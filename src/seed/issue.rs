@@ -22,7 +22,7 @@ pub fn issue_seed(
     now: u64,
 ) -> Result<Vec<u8>> {
     let issued = directory.authority.certify_node(cluster, node, now)?;
-    let secrets = list_needed(&node.roles).map(|name| {
+    let secrets = list_needed(cluster, &node.roles).map(|name| {
         let secret = directory.secrets.get(name).with_context(|| format!("no secret {name}"))?;
         Ok((name.to_string(), secret.clone()))
     });

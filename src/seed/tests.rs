@@ -9,7 +9,7 @@ use super::document::Envelope;
 use super::volume::{read_seed, write_seed};
 use super::*;
 use crate::cluster_dir::ClusterDir;
-use crate::config::cluster::{Cluster, Ipv4Network, Node, Role, Tuning};
+use crate::config::cluster::{Cluster, Ipv4Network, Node, ObjectStorage, Role, Tuning};
 use crate::pki::Authority;
 use crate::secrets::{Secret, make_secrets};
 
@@ -36,13 +36,27 @@ fn make_cluster(name: &str) -> Cluster {
         nodes: vec![node(1, &all), node(2, &all), node(3, &all), node(4, &[Role::Cache])],
         storage: None,
         backup: None,
+        external: Default::default(),
         tuning: Tuning::default(),
     }
 }
 
 fn make_directory(cluster: &str) -> ClusterDir {
     let (authority, ca) = Authority::make(cluster, NOW).unwrap();
-    ClusterDir { authority, ca: ca.certificate, secrets: make_secrets().unwrap() }
+    let secrets = make_secrets(
+        &Cluster { storage: Some(make_storage()), ..make_cluster(cluster) },
+        &BTreeMap::new(),
+    )
+    .unwrap();
+    ClusterDir { authority, ca: ca.certificate, secrets }
+}
+
+fn make_storage() -> ObjectStorage {
+    ObjectStorage {
+        endpoint: "https://s3.test".into(),
+        bucket: "media".into(),
+        region: "eu".into(),
+    }
 }
 
 /// The seed of the node `n1` in a cluster, and its directory.
@@ -244,11 +258,7 @@ fn the_largest_cluster_has_seeds() {
         roles: if i < 5 { Role::ALL.to_vec() } else { Role::ALL[1..].to_vec() },
     };
     cluster.nodes = (0..64).map(node).collect();
-    cluster.storage = Some(crate::config::cluster::ObjectStorage {
-        endpoint: "https://s3.test".into(),
-        bucket: "media".into(),
-        region: "eu".into(),
-    });
+    cluster.storage = Some(make_storage());
     let directory = make_directory(&cluster.name);
     let bytes = issue_seed(&cluster, &cluster.nodes[0], &directory, None, NOW).unwrap();
     assert_eq!(accept(&bytes).cluster, cluster);

@@ -138,7 +138,7 @@ fn check_content(seed: &Seed) -> Result<(), Verdict> {
     let Some(node) = seed.entry() else {
         return refuse(format!("its cluster has no node `{}`", seed.node));
     };
-    match list_needed(&node.roles).find(|name| !seed.secrets.contains_key(*name)) {
+    match list_needed(&seed.cluster, &node.roles).find(|name| !seed.secrets.contains_key(*name)) {
         Some(missing) => refuse(format!("it lacks the secret `{missing}`")),
         None => Ok(()),
     }

@@ -26,7 +26,7 @@ pub fn list_kinds() -> Vec<Kind> {
     let node = Kind {
         label: "node",
         profile: "node",
-        roles: &["db", "cache", "edge"],
+        roles: &["db", "cache", "web", "edge"],
         number: 1,
         single: false,
         vip: Some("10.9.0.100"),
@@ -41,12 +41,13 @@ pub fn list_kinds() -> Vec<Kind> {
         Kind { label: "db", profile: "db", roles: &["db"], ..node },
         Kind { label: "single-db", profile: "db", roles: &["db"], single: true, vip: None, ..node },
         Kind { label: "cache", profile: "cache", roles: &["cache"], ..node },
+        Kind { label: "web", profile: "web", roles: &["web"], ..node },
         Kind { label: "edge", profile: "edge", roles: &["edge"], ..node },
     ]
 }
 
 /// Secrets and the roles whose nodes get them; `fingerprint` is for all.
-const SECRETS: [(&str, &[&str]); 12] = [
+const SECRETS: [(&str, &[&str]); 15] = [
     ("postgres_superuser", &["db"]),
     ("postgres_replication", &["db"]),
     ("postgres_rewind", &["db"]),
@@ -56,6 +57,9 @@ const SECRETS: [(&str, &[&str]); 12] = [
     ("sentinel", &["cache", "edge"]),
     ("keepalived", &["edge"]),
     ("haproxy_stats", &["edge"]),
+    ("netbox_secret_key", &["web"]),
+    ("netbox_pepper", &["web"]),
+    ("netbox_admin", &["web"]),
     ("s3_access_key", &["db", "web"]),
     ("s3_secret_key", &["db", "web"]),
     ("backup_cipher", &["db"]),
@@ -71,7 +75,7 @@ pub fn describe(kind: &Kind) -> Value {
                 "name": format!("n{number}"),
                 "address": format!("10.9.0.{number}"),
                 "zone": format!("z{number}"),
-                "roles": ["db", "cache", "edge"],
+                "roles": ["db", "cache", "web", "edge"],
                 "ordinal": number,
             })
         })
@@ -102,7 +106,9 @@ pub fn describe(kind: &Kind) -> Value {
             "dns": if kind.single { json!([]) } else { json!(["10.9.0.253", "2001:db8::1"]) },
             "ntp": if kind.single { json!([]) } else { json!(["ntp.example.org"]) },
             "single": kind.single,
-            "storage": {"endpoint": "https://s3.example.org:9000", "bucket": "b", "region": "r"},
+            "storage": (!kind.single).then(|| json!({
+                "endpoint": "https://s3.example.org:9000", "bucket": "netbox", "region": "us-east-1",
+            })),
             "backup": match (kind.single, kind.profile) {
                 (true, _) => Value::Null,
                 (_, "db") => json!({"directory": null, "keep": 8}),
@@ -112,7 +118,7 @@ pub fn describe(kind: &Kind) -> Value {
         "nodes": nodes,
         "db_nodes": nodes,
         "cache_nodes": nodes,
-        "web_nodes": [],
+        "web_nodes": nodes,
         "edge_nodes": nodes,
         "secrets": secrets,
         "tuning": {
@@ -127,6 +133,8 @@ pub fn describe(kind: &Kind) -> Value {
             "cert": "/run/stanchion/tls/node.pem",
             "key": "/run/stanchion/tls/node.key",
         },
+        "external": {"postgres": null, "redis": null},
+        "maintenance": null,
         "memory_mb": 2048,
         "cpus": 2,
     });

@@ -44,6 +44,7 @@ fn make_cluster() -> Cluster {
         nodes: roles.iter().enumerate().map(node).collect(),
         storage: None,
         backup: None,
+        external: Default::default(),
         tuning: Tuning::default(),
     }
 }
@@ -120,7 +121,7 @@ fn read_rules(text: &str) -> Vec<Rule> {
 }
 
 fn read_rule(from: Option<Vec<Ipv4Network>>, what: &str) -> Rule {
-    if what == "ip protocol vrrp" {
+    if what == "ip protocol 112" {
         return Rule { from, protocol: Protocol::Vrrp, ports: Vec::new() };
     }
     let (protocol, ports) = what.split_once(" dport ").unwrap_or_else(|| panic!("{what}"));

@@ -38,6 +38,9 @@ fn every_key_is_documented_and_every_documented_key_exists() {
     for (table, header) in [
         ("node", "[[node]]"),
         ("storage", "[storage]"),
+        ("external", "[external]"),
+        ("external.postgres", "[external.postgres]"),
+        ("external.redis", "[external.redis]"),
         ("backup", "[backup]"),
         ("certificate", "[certificate]"),
         ("tuning", "[tuning]"),
@@ -54,6 +57,9 @@ fn every_key_is_documented_and_every_documented_key_exists() {
 fn every_key_has_an_example_that_uses_it_and_is_accepted() {
     let project = make_project();
     write_certificate(&project, "site", &["lab.test"], (-1, 90));
+    for name in ["postgres-ca.pem", "redis-ca.pem"] {
+        std::fs::copy(project.root().join("site.pem"), project.root().join(name)).unwrap();
+    }
     for (key, example) in read_page() {
         let table: toml::Table = example.parse().unwrap();
         let mut value = &toml::Value::Table(table.clone());

@@ -6,7 +6,7 @@ use stanchion::error::exit_code;
 use crate::Sandbox;
 
 /// Keys, values and punctuation of both files, so that some of it is nearly right.
-const PIECES: &str = "(description = \"x\"\n|layers = \\[\"a\"\\]\n|requires|packages|provides|\\[\\[remove\\]\\]\n|path|reason|\\[\\[artifact\\]\\]\n|sha256|strip|unpack|\\[\\[user\\]\\]\n|name|id|\\[units\\]\n|enable|\\[owners\\]\n|\"/etc/x\"|mode|\\[initrd\\]\n|\\[kernel\\]\n|cmdline|\\[disk\\]\n|size|\\[variables\\]\n| = |\"[a-z/.=é]{0,6}\"|\"[0-9]{1,3}(MiB|GiB|TiB)\"|-?[0-9]{1,12}|true|1979-05-27|nan|\\[|\\]|\\{|\\}|,|\\.|\n|#|'|\"){0,40}";
+const PIECES: &str = "(description = \"x\"\n|layers = \\[\"a\"\\]\n|requires|packages|provides|\\[\\[remove\\]\\]\n|path|reason|\\[\\[artifact\\]\\]\n|sha256|strip|unpack|\\[build\\]\n|keep|over|\\[\\[python\\]\\]\n|requirements|\\[\\[user\\]\\]\n|name|id|\\[units\\]\n|enable|\\[owners\\]\n|\"/etc/x\"|mode|\\[initrd\\]\n|\\[kernel\\]\n|cmdline|\\[disk\\]\n|size|\\[variables\\]\n| = |\"[a-z/.=é]{0,6}\"|\"[0-9]{1,3}(MiB|GiB|TiB)\"|-?[0-9]{1,12}|true|1979-05-27|nan|\\[|\\]|\\{|\\}|,|\\.|\n|#|'|\"){0,40}";
 
 fn check(path: &str, bytes: &[u8]) {
     let sandbox = Sandbox::new(&[]);
@@ -37,7 +37,7 @@ proptest! {
 
     #[test]
     fn any_value_under_any_key_ends_in_a_profile_or_a_message(
-        key in "(description|requires|packages|provides|recommends|exclude|remove|commands|artifact|user|group|units|variables|owners|initrd|kernel|layers|formats|disk)(\\.(enable|packages|cmdline|size|x))?",
+        key in "(description|requires|packages|provides|recommends|exclude|remove|commands|artifact|build|python|user|group|units|variables|owners|initrd|kernel|layers|formats|disk)(\\.(enable|packages|keep|over|requirements|cmdline|size|x))?",
         value in "(\".{0,8}\"|-?[0-9]{1,4}|true|nan|1979-05-27|\\[(\".{0,8}\"|[0-9]|\\{ (path|name|id|reason) = \".{0,8}\" \\})?\\]|\\{ ([a-z]{1,3} = (1|\"x\"|\\{\\}))? \\})",
     ) {
         check("layers/a/layer.toml", format!("description = \"x\"\n{key} = {value}").as_bytes());

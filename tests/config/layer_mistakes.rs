@@ -13,7 +13,7 @@ fn an_unknown_key_is_named_with_its_line_and_the_nearest() {
     );
     check(
         "quux = 1",
-        "unknown key `quux`\n  at: layers/a/layer.toml:2\n  why: a layer has no such key\n  help: the keys are: description, role, requires, packages, provides, recommends, exclude, remove, commands, agent, artifact, user, group, units, variables, owners, initrd, kernel",
+        "unknown key `quux`\n  at: layers/a/layer.toml:2\n  why: a layer has no such key\n  help: the keys are: description, role, requires, packages, provides, recommends, exclude, remove, commands, agent, artifact, build, python, user, group, units, variables, owners, initrd, kernel",
     );
     check(
         "[units]\nenabel = []",
@@ -29,7 +29,7 @@ fn an_unknown_key_is_named_with_its_line_and_the_nearest() {
     );
     check(
         "\"a`, expected one of `x`\\n\" = 1",
-        "unknown key `a`, expected one of `x`\\n`\n  at: layers/a/layer.toml:2\n  why: a layer has no such key\n  help: the keys are: description, role, requires, packages, provides, recommends, exclude, remove, commands, agent, artifact, user, group, units, variables, owners, initrd, kernel",
+        "unknown key `a`, expected one of `x`\\n`\n  at: layers/a/layer.toml:2\n  why: a layer has no such key\n  help: the keys are: description, role, requires, packages, provides, recommends, exclude, remove, commands, agent, artifact, build, python, user, group, units, variables, owners, initrd, kernel",
     );
 }
 
@@ -349,5 +349,69 @@ fn variables_have_names_that_a_template_can_say() {
     check(
         "[variables]\nsince = { a = [1979-05-27] }",
         "the variable `since` holds a date\n  at: layers/a/layer.toml:3\n  help: put it in quotes",
+    );
+}
+
+#[test]
+fn a_build_stage_says_what_of_it_is_kept_and_where_it_begins() {
+    check(
+        "[build]\ncommands = [\"true\"]",
+        "`[build]` keeps nothing\n  at: layers/a/layer.toml:3\n  why: only the paths of `build.keep` and virtualenvs go into the layer\n  help: name what it makes: `keep = [\"/opt/x\"]`",
+    );
+    for path in ["/etc/x", "/var/lib/x", "/run/x", "/tmp", "/root/x"] {
+        let first = path.split('/').nth(1).unwrap();
+        check(
+            &format!("[build]\nkeep = [\"{path}\"]"),
+            &format!(
+                "nothing below `/{first}` can be kept of a build stage\n  at: layers/a/layer.toml:3\n  help: let the stage make it below /usr or /opt"
+            ),
+        );
+    }
+    check(
+        "[build]\nkeep = [\"/opt/../etc\"]",
+        "bad path `/opt/../etc` in `build.keep`\n  at: layers/a/layer.toml:3\n  help: write it without `.`, `..`, doubled `/` or a `/` at its end",
+    );
+    check(
+        "[build]\nkeep = [\"/opt/x/y\", \"/opt/x\"]",
+        "`/opt/x/y` and `/opt/x` overlap\n  at: layers/a/layer.toml:3\n  help: name the outer one only",
+    );
+    check(
+        "[build]\nover = \"b\"\nkeep = [\"/opt/x\"]",
+        "`b` is no layer below `a`\n  at: layers/a/layer.toml:3\n  why: a build stage begins on a layer that comes before its own\n  help: add `b` to `requires`",
+    );
+    check(
+        "[build]\npackages = [\"Gcc\"]\nkeep = [\"/opt/x\"]",
+        "bad package name `Gcc`\n  at: layers/a/layer.toml:3\n  help: a Debian package name has lower-case letters, digits, `+`, `-` and `.`; a version follows `=`, and there is no architecture",
+    );
+    check(
+        "[build]\nkepe = []",
+        "unknown key `kepe`\n  at: layers/a/layer.toml:3\n  why: `build` has no such key\n  help: did you mean `keep`?",
+    );
+}
+
+#[test]
+fn virtualenvs_have_requirements_that_are_names_and_versions() {
+    let check_python = |requirements: &str, expected: &str| {
+        check(&format!("[[python]]\npath = \"/opt/v\"\nrequirements = {requirements}"), expected);
+    };
+    for bad in ["-r x", "a @ https://example.org/a", "./a", "a;b", "a==1 b"] {
+        check_python(
+            &format!("[\"{bad}\"]"),
+            &format!(
+                "bad requirement `{bad}`\n  at: layers/a/layer.toml:4\n  help: write `name==1.2`, `name[extra]==1.2` or `name>=1.2,<2`, without blanks"
+            ),
+        );
+    }
+    check_python(
+        "[]",
+        "`python.requirements` is empty\n  at: layers/a/layer.toml:3\n  help: write what it installs: `requirements = [\"Django==6.0.8\"]`",
+    );
+    check_python(
+        "[\"a_b==1\", \"A.B==2\"]",
+        "the requirement `a-b` is there twice\n  at: layers/a/layer.toml:4\n  why: line 4 has it already",
+    );
+    check(
+        "[[python]]\npath = \"/var/v\"\nrequirements = [\"a\"]",
+        "nothing below `/var` can be kept of a build stage\n  at: layers/a/layer.toml:3\n  help: let the stage make it below /usr or /opt",
     );
 }

@@ -28,6 +28,10 @@ fn what_has_no_place_in_a_layer_is_named() {
         &["initrd/etc/x"],
         "`initrd/` without `[initrd]`\n  at: layers/a/initrd\n  help: write `[initrd]` into layers/a/layer.toml",
     );
+    check(
+        &["build/usr/x"],
+        "`build/` without `[build]`\n  at: layers/a/build\n  help: write `[build]` into layers/a/layer.toml",
+    );
 }
 
 #[test]

@@ -14,7 +14,7 @@ use stanchion::error::UserError;
 use stanchion::pipeline::{FetchOptions, Manifest, Source, prepare_lock, provide_tools};
 use stanchion::progress::{Mode, Progress};
 use stanchion::sandbox::Sandbox;
-use stanchion::tools::Tools;
+use stanchion::tools::{Tools, set};
 
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_stanchion");
 pub const PROFILE: &str = "db";
@@ -34,10 +34,31 @@ pub fn provide(sets: &[&str]) -> Option<&'static Image> {
     show_skipped(IMAGE.get_or_init(|| prepare(PROFILE, sets)))
 }
 
-/// The image of all roles, likewise.
+/// The image of all roles but web, likewise: its profile is `node` without the layers that
+/// need NetBox, which not every machine can have.
 pub fn provide_node(sets: &[&str]) -> Option<&'static Image> {
     static IMAGE: OnceLock<Result<Image, String>> = OnceLock::new();
     show_skipped(IMAGE.get_or_init(|| prepare("node", sets)))
+}
+
+/// The image of edges alone, likewise.
+pub fn provide_edge() -> Option<&'static Image> {
+    static IMAGE: OnceLock<Result<Image, String>> = OnceLock::new();
+    show_skipped(IMAGE.get_or_init(|| prepare("edge", &[])))
+}
+
+/// The images of the profiles `node` and `web` as they are shipped, with NetBox from this
+/// tarball; the copy of the project is called `netbox`.
+pub fn provide_netbox(tarball: &Path) -> Option<[&'static Image; 2]> {
+    static IMAGES: OnceLock<Result<[Image; 2], String>> = OnceLock::new();
+    let build = |profile| prepare_as("netbox", profile, &[set::LAB], Some(tarball));
+    match IMAGES.get_or_init(|| Ok([build("node")?, build("web")?])) {
+        Ok([node, web]) => Some([node, web]),
+        Err(why) => {
+            eprintln!("skipped: {}", why.replace('\n', "; "));
+            None
+        }
+    }
 }
 
 fn show_skipped(image: &'static Result<Image, String>) -> Option<&'static Image> {
@@ -61,6 +82,16 @@ pub fn project(profile: &str) -> PathBuf {
 }
 
 fn prepare(profile: &str, sets: &[&str]) -> Result<Image, String> {
+    prepare_as(profile, profile, sets, None)
+}
+
+/// Build `profile` in a copy of the project called `copy`, with NetBox if there is a tarball.
+fn prepare_as(
+    copy: &str,
+    profile: &str,
+    sets: &[&str],
+    netbox: Option<&Path>,
+) -> Result<Image, String> {
     // Other test programs may want the same image at the same time.
     let turn = File::create(scratch().join("image.lock")).unwrap();
     rustix::fs::flock(&turn, FlockOperation::LockExclusive).unwrap();
@@ -71,8 +102,20 @@ fn prepare(profile: &str, sets: &[&str]) -> Result<Image, String> {
         return Err(format!("{}: {}", check.name, check.detail));
     }
     // A copy, because a lock whose packages have left the mirror is renewed.
-    let folder = project(profile);
+    let folder = project(copy);
     copy_project(&folder);
+    if profile == "node" && netbox.is_none() {
+        leave_web_out(&folder);
+    }
+    if let Some(tarball) = netbox {
+        // Of whatever version it is.
+        let lock = Command::new(PROGRAM)
+            .args(["--quiet", "lock", "--project"])
+            .arg(&folder)
+            .arg("--artifact")
+            .arg(format!("netbox={}", tarball.display()));
+        lock.run().map_err(|error| format!("{error:#}"))?;
+    }
     let project = Project::find(&folder).unwrap();
     let loaded = project.load_profile(profile).unwrap();
     let fetch = || -> anyhow::Result<Vec<Tools>> {
@@ -89,11 +132,14 @@ fn prepare(profile: &str, sets: &[&str]) -> Result<Image, String> {
     })?;
     drop(source);
 
-    let out = scratch().join("image");
+    let out = scratch().join(if netbox.is_some() { "image-netbox" } else { "image" });
     let mut build = Command::new(PROGRAM).args(["--quiet", "build", profile]);
     if profile != PROFILE {
         // What is shipped of them is looked at nowhere.
         build = build.args(["--format", "raw"]);
+    }
+    if let Some(tarball) = netbox {
+        build = build.arg("--artifact").arg(format!("netbox={}", tarball.display()));
     }
     let done = build.arg("--project").arg(&folder).arg("--out").arg(&out).run();
     done.unwrap_or_else(|error| panic!("{error:?}"));
@@ -111,6 +157,19 @@ pub fn copy_project(to: &Path) {
     for name in ["layers", "profiles", "stanchion.lock"] {
         copy_tree(&from.join(name), &to.join(name));
     }
+}
+
+/// Layers of the role web in the profile `node`.
+const WEB_LAYERS: [&str; 3] = ["web-proxy", "nginx", "netbox"];
+
+/// Take the role web from the profile `node` of a copy.
+fn leave_web_out(folder: &Path) {
+    let path = folder.join("profiles/node.toml");
+    let text = fs::read_to_string(&path).unwrap();
+    let is_web = |line: &str| WEB_LAYERS.iter().any(|layer| line.trim() == format!("\"{layer}\","));
+    let kept: Vec<&str> = text.lines().filter(|line| !is_web(line)).collect();
+    assert_eq!(kept.len() + WEB_LAYERS.len(), text.lines().count(), "{text}");
+    fs::write(&path, kept.join("\n") + "\n").unwrap();
 }
 
 fn copy_tree(from: &Path, to: &Path) {

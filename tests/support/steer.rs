@@ -59,6 +59,25 @@ ask('maintenance/transfer-leadership', {'targetID': target})
         self.wait_for("etcd's lead has moved", WHOLE, || is_led(target).then_some(()));
     }
 
+    /// Write a key of etcd, or delete it.
+    pub fn change_etcd(&self, node: &str, key: &str, value: Option<&str>) {
+        const SCRIPT: &str = "\
+import base64, json, ssl, sys, urllib.request
+tls = ssl.create_default_context(cafile='/run/stanchion/tls/ca.pem')
+tls.load_cert_chain('/run/stanchion/tls/node.pem', '/run/stanchion/tls/node.key')
+encode = lambda text: base64.b64encode(text.encode()).decode()
+body = {'key': encode(sys.argv[1])}
+path = 'deleterange'
+if len(sys.argv) > 2:
+    body['value'], path = encode(sys.argv[2]), 'put'
+url = 'https://127.0.0.1:2379/v3/kv/' + path
+urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), context=tls)
+";
+        let mut argv = vec!["python3", "-I", "-c", SCRIPT, key];
+        argv.extend(value);
+        self.run(node, &argv);
+    }
+
     /// Make a node the leader. Only the synchronous standby can take over: when the candidate
     /// is not, restarting the standby makes it so.
     pub fn switch_to(&self, candidate: &str) {

@@ -390,7 +390,7 @@ async fn lead(desk: &Desk, mut record: Record, say: &Say) -> Result<()> {
 
 async fn start_database() -> Result<()> {
     match query_unit(PATRONI).await? {
-        Active::Running | Active::Changing => return Ok(()),
+        Active::Running | Active::Starting => return Ok(()),
         Active::Failed => forget_failure(PATRONI).await?,
         Active::Stopped => {}
         Active::Missing => bail!("this image has no {PATRONI}"),

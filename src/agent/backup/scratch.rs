@@ -105,7 +105,7 @@ impl Scratch {
                 return Ok(());
             }
             match query_unit(UNIT_SERVICE).await? {
-                Active::Running | Active::Changing => {}
+                Active::Running | Active::Starting => {}
                 _ => return Err(explain_end().await),
             }
             if begun.elapsed() > RECOVERY {
@@ -173,7 +173,7 @@ const UNIT_SERVICE: &str = "stanchion-scratch.service";
 
 /// One that an earlier run left behind.
 async fn end_unit() -> Result<()> {
-    if matches!(query_unit(UNIT_SERVICE).await?, Active::Running | Active::Changing) {
+    if query_unit(UNIT_SERVICE).await? != Active::Missing {
         stop_unit(UNIT_SERVICE).await?;
     }
     if query_unit(UNIT_SERVICE).await? == Active::Failed {

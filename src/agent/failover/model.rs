@@ -191,11 +191,9 @@ impl Model {
             Act::ToggleAgent(node) => self.has_agent[node] = !self.has_agent[node],
             Act::ToggleCut(node) => self.cut[node] = !self.cut[node],
             Act::Execute(node) => self.execute(node),
-            Act::Expire => {
-                // Patroni steps down before its lease ends.
-                if self.leader.is_some_and(|(holder, _)| !self.servers[holder].leads) {
-                    self.leader = None;
-                }
+            // Patroni steps down before its lease ends.
+            Act::Expire if self.leader.is_some_and(|(holder, _)| !self.servers[holder].leads) => {
+                self.leader = None;
             }
             Act::Take(node) => self.take(node),
             Act::Promote(node) => self.promote(node),
@@ -208,12 +206,7 @@ impl Model {
             Act::ReadSync(node) if self.is_connected(node) => {
                 self.servers[node].read = self.sync.revision;
             }
-            Act::DropStandby(node) if self.servers[node].leads => {
-                // First there, then here: else it would acknowledge alone what `/sync` denies.
-                if self.write_sync(node, None) {
-                    self.servers[node].waits_for = None;
-                }
-            }
+            Act::DropStandby(node) => self.drop_standby(node),
             Act::NameStandby(node, standby) => {
                 let is_free = self.sync.leader == node && self.sync.standby.is_none();
                 let server = &mut self.servers[node];
@@ -259,6 +252,13 @@ impl Model {
         self.sync = Sync { leader: node, standby, revision: self.revision };
         self.servers[node].read = self.revision;
         true
+    }
+
+    /// First in `/sync`, then here: else it would acknowledge alone what `/sync` denies.
+    fn drop_standby(&mut self, node: usize) {
+        if self.servers[node].leads && self.write_sync(node, None) {
+            self.servers[node].waits_for = None;
+        }
     }
 
     fn take(&mut self, node: usize) {

@@ -22,6 +22,7 @@ fn cluster(zones: [&str; 3]) -> Cluster {
         nodes: (1u8..).zip(zones).map(|(n, zone)| node(n, zone)).collect(),
         storage: None,
         backup: None,
+        external: Default::default(),
         tuning: Tuning::default(),
     }
 }
@@ -44,6 +45,7 @@ fn well(cluster: &Cluster) -> Observed {
         postgres: String::new(),
         lag: None,
         redis: String::new(),
+        web: String::new(),
         vip: node.name == "n2",
     };
     Observed {

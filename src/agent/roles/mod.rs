@@ -4,6 +4,7 @@
 mod cache;
 mod db;
 mod edge;
+pub mod web;
 
 use crate::config::cluster::Role;
 
@@ -84,7 +85,7 @@ pub fn list_role_services(roles: &[Role]) -> impl Iterator<Item = Service> {
             Role::Db => db::SERVICES,
             Role::Cache => cache::SERVICES,
             Role::Edge => edge::SERVICES,
-            Role::Web => &[],
+            Role::Web => web::SERVICES,
         })
         .copied()
 }

@@ -62,7 +62,7 @@ async fn wait_until_up() -> Result<bool> {
         match query_unit(UNIT).await? {
             Active::Running => return Ok(true),
             // What it shows then, the next look finds out.
-            Active::Changing if begun.elapsed() < PATIENCE => {}
+            Active::Starting if begun.elapsed() < PATIENCE => {}
             _ => return Ok(false),
         }
         tokio::time::sleep(Duration::from_millis(200)).await;

@@ -31,6 +31,7 @@ fn register(number: u8, postgres: &str) -> Registration {
         postgres: postgres.into(),
         lag: Some(2048),
         redis: "replica".into(),
+        web: "serving".into(),
         vip: number == 1,
     }
 }
@@ -63,7 +64,7 @@ fn a_cluster_whose_nodes_are_all_ready_is_ready() {
     assert_eq!(lines[0], "c: 3 of 3 nodes are ready");
     assert_eq!(
         lines[3],
-        "n1    z1    db,cache  main   yes    follower  leader running  2 KiB  replica  here  0.1.0"
+        "n1    z1    db,cache  main   yes    follower  leader running  2 KiB  replica  serving  here  0.1.0"
     );
     assert_eq!(lines.len(), 6, "{text}");
 }

@@ -33,6 +33,7 @@ pub fn list_checks(cluster: &Cluster) -> Vec<Check> {
     checks.extend(Role::ALL.into_iter().filter_map(|role| check_role(cluster, role)));
     checks.push(check_zones(cluster));
     checks.extend([check_addresses(cluster), check_storage(cluster), check_time(cluster)]);
+    checks.extend(list_external(cluster));
     checks.extend(check_backup(cluster));
     checks.extend(list_open(cluster));
     checks
@@ -71,6 +72,7 @@ fn check_role(cluster: &Cluster, role: Role) -> Option<Check> {
                 (count - 1) / 2
             ),
         ),
+        (Role::Cache, 0) if cluster.external.redis.is_some() => return None,
         (Role::Cache, 0) => warn("role cache", "no node: NetBox needs Redis"),
         (Role::Cache, 1) if !is_single => {
             warn("role cache", format!("1 node ({names}): Redis is gone with it"))
@@ -150,6 +152,24 @@ fn check_storage(cluster: &Cluster) -> Check {
             "no [storage]: media lie on the nodes alone and are not highly available",
         ),
     }
+}
+
+/// What the cluster leans on and does not look after.
+fn list_external(cluster: &Cluster) -> Vec<Check> {
+    let open = |subject, text| Check { state: State::Open, subject, text };
+    let mut checks = Vec::new();
+    if let Some(postgres) = &cluster.external.postgres {
+        let (host, port) = (&postgres.host, postgres.port);
+        checks.push(open(
+            "PostgreSQL",
+            format!("{host}:{port} is highly available by itself, and backed up there"),
+        ));
+    }
+    if let Some(redis) = &cluster.external.redis {
+        let (host, port) = (&redis.host, redis.port);
+        checks.push(open("Redis", format!("{host}:{port} is highly available by itself")));
+    }
+    checks
 }
 
 /// Of a place for backups nothing is proved here; without any the cluster is no less available.

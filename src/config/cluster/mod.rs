@@ -43,6 +43,8 @@ pub struct Cluster {
     /// Without it there are no backups.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backup: Option<Backup>,
+    #[serde(default, skip_serializing_if = "External::is_empty")]
+    pub external: External,
     pub tuning: Tuning,
 }
 
@@ -86,6 +88,44 @@ pub struct Backup {
 impl Backup {
     /// Of weekly full backups, a month.
     pub const KEEP: u32 = 4;
+}
+
+/// What runs elsewhere, in place of the cluster's own.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct External {
+    pub postgres: Option<ExternalPostgres>,
+    pub redis: Option<ExternalRedis>,
+}
+
+/// A PostgreSQL of somebody else's, over TLS. The password is the secret `postgres_netbox`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExternalPostgres {
+    /// A name or an address; its certificate is for it.
+    pub host: String,
+    pub port: u16,
+    pub database: String,
+    pub user: String,
+    /// Who certifies it, PEM.
+    pub ca: String,
+}
+
+/// A Redis of somebody else's, over TLS. The password is the secret `redis`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExternalRedis {
+    /// A name or an address; its certificate is for it.
+    pub host: String,
+    pub port: u16,
+    /// Who certifies it, PEM.
+    pub ca: String,
+}
+
+impl External {
+    pub fn is_empty(&self) -> bool {
+        self.postgres.is_none() && self.redis.is_none()
+    }
 }
 
 /// Where the certificate is that the operator brings for users. It is no part of the

@@ -56,7 +56,7 @@ const WAYS: [(u16, Protocol, Side, &[Side], &str); 20] = [
     (8008, Tcp, DB, &[DB, WEB, EDGE], "Patroni"),
     (6380, Tcp, CACHE, &[CACHE, WEB, EDGE], "Redis"),
     (26379, Tcp, CACHE, &[CACHE, EDGE], "Sentinel"),
-    (8443, Tcp, WEB, &[EDGE], "web servers"),
+    (8443, Tcp, WEB, &[EDGE], "NetBox, behind the edges"),
     (80, Tcp, EDGE, &[Clients], "HTTP, sent on to 443"),
     (443, Tcp, EDGE, &[Clients], "HTTPS"),
     (5433, Tcp, EDGE, &[Clients], "PostgreSQL: the leader"),

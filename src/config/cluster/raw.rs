@@ -21,6 +21,8 @@ pub(super) struct RawCluster {
     pub node: Vec<RawNode>,
     pub storage: Option<RawStorage>,
     pub backup: Option<Spanned<RawBackup>>,
+    #[serde(default)]
+    pub external: RawExternal,
     pub certificate: Option<RawCertificate>,
     #[serde(default)]
     pub tuning: RawTuning,
@@ -41,6 +43,31 @@ pub(super) struct RawStorage {
     pub endpoint: Text,
     pub bucket: Text,
     pub region: Text,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default, expecting = "tables such as [external.postgres]")]
+pub(super) struct RawExternal {
+    pub postgres: Option<RawPostgres>,
+    pub redis: Option<RawRedis>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table with `host` and `ca`")]
+pub(super) struct RawPostgres {
+    pub host: Text,
+    pub port: Option<Spanned<u32>>,
+    pub database: Option<Text>,
+    pub user: Option<Text>,
+    pub ca: Text,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table with `host` and `ca`")]
+pub(super) struct RawRedis {
+    pub host: Text,
+    pub port: Option<Spanned<u32>>,
+    pub ca: Text,
 }
 
 #[derive(Deserialize)]

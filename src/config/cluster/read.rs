@@ -8,13 +8,19 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result};
 
-use super::raw::{RawCluster, RawTuning};
+use super::raw::{RawCluster, RawExternal, RawTuning};
 use super::rules::{Fault, Place, check_rules};
-use super::{Backup, CertificateFiles, Cluster, Node, ObjectStorage, Role, Tuning};
+use super::{
+    Backup, CertificateFiles, Cluster, External, ExternalPostgres, ExternalRedis, Node,
+    ObjectStorage, Role, Tuning,
+};
 use crate::config::Project;
 use crate::config::raw::Text;
 use crate::config::source::{Source, quote};
 use crate::error::{UserError, find_nearest};
+
+/// Bytes that the certificates of a CA may have: they go with every seed.
+const MAX_CA: u64 = 16 << 10;
 
 /// Read and check a cluster file; the nodes' roles are those of the project's profiles.
 ///
@@ -100,6 +106,7 @@ fn read_values(source: &Source, raw: RawCluster, project: &Project) -> Result<Cl
                 keep: backup.keep.map_or(Backup::KEEP, toml::Spanned::into_inner),
             }
         }),
+        external: read_external(source, &raw.external)?,
         tuning: read_tuning(source, &raw.tuning)?,
     })
 }
@@ -133,6 +140,48 @@ fn read_address<A: FromStr>(source: &Source, key: &str, text: &Text) -> Result<A
         let help = if key == "dns" { "10.0.0.53 or fd00::53" } else { "10.0.0.11" };
         source.error(text.span(), what).help(format!("write it like {help}")).into()
     })
+}
+
+/// The certificates of CAs go with the seeds, so what is in the files counts.
+fn read_external(source: &Source, raw: &RawExternal) -> Result<External> {
+    let read_port = |key: &str, port: &Option<toml::Spanned<u32>>, usual: u16| match port {
+        None => Ok(usual),
+        Some(port) => {
+            let number = u16::try_from(*port.get_ref()).ok().filter(|number| *number > 0);
+            number.ok_or_else(|| {
+                let what = format!("bad `{key}` `{}`", port.get_ref());
+                source.error(port.span(), what).help("take one from 1 to 65535")
+            })
+        }
+    };
+    let read_ca = |text: &Text| -> Result<String> {
+        let path = source.path().with_file_name(text.get_ref());
+        let read = crate::config::source::read_small(&path, MAX_CA);
+        read.map_err(|why| {
+            let what = format!("the CA {} cannot be read", quote(text.get_ref()));
+            source.error(text.span(), what).why(why).into()
+        })
+    };
+    let word = |text: &Option<Text>| {
+        text.as_ref().map_or_else(|| "netbox".to_string(), |text| text.get_ref().clone())
+    };
+    let postgres = raw.postgres.as_ref().map(|raw| {
+        Ok::<_, anyhow::Error>(ExternalPostgres {
+            host: raw.host.get_ref().clone(),
+            port: read_port("external.postgres.port", &raw.port, 5432)?,
+            database: word(&raw.database),
+            user: word(&raw.user),
+            ca: read_ca(&raw.ca)?,
+        })
+    });
+    let redis = raw.redis.as_ref().map(|raw| {
+        Ok::<_, anyhow::Error>(ExternalRedis {
+            host: raw.host.get_ref().clone(),
+            port: read_port("external.redis.port", &raw.port, 6379)?,
+            ca: read_ca(&raw.ca)?,
+        })
+    });
+    Ok(External { postgres: postgres.transpose()?, redis: redis.transpose()? })
 }
 
 fn read_tuning(source: &Source, raw: &RawTuning) -> Result<Tuning> {
@@ -190,6 +239,20 @@ fn list_spans(raw: &RawCluster) -> BTreeMap<Place, Range<usize>> {
         let inner = backup.get_ref();
         inner.directory.iter().for_each(|text| put("backup.directory", 0, text.span()));
         inner.keep.iter().for_each(|number| put("backup.keep", 0, number.span()));
+    }
+    if let Some(postgres) = &raw.external.postgres {
+        put("external.postgres.host", 0, postgres.host.span());
+        put("external.postgres.ca", 0, postgres.ca.span());
+        for (key, text) in [
+            ("external.postgres.database", &postgres.database),
+            ("external.postgres.user", &postgres.user),
+        ] {
+            text.iter().for_each(|text| put(key, 0, text.span()));
+        }
+    }
+    if let Some(redis) = &raw.external.redis {
+        put("external.redis.host", 0, redis.host.span());
+        put("external.redis.ca", 0, redis.ca.span());
     }
     let tuning = &raw.tuning;
     for (key, number) in [

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
-use super::{Cluster, Node, ObjectStorage, Role, Tuning};
+use super::{Cluster, External, Node, ObjectStorage, Role, Tuning};
 use crate::config::source::quote;
 
 /// Nodes of a cluster, resolvers and time servers of a node.
@@ -12,6 +12,8 @@ const MAX_NODES: usize = 64;
 const MAX_SERVERS: usize = 8;
 /// Bytes of the domain: a node's name before it must still fit a certificate.
 const MAX_DOMAIN: usize = 180;
+/// Bytes of the certificates of a CA.
+const MAX_CA: usize = 16 << 10;
 /// Names that the cluster's services have below the domain, or that mean something else.
 const TAKEN: [&str; 7] = ["db", "cache", "netbox", "localhost", "operator", "ca", "seeds"];
 
@@ -66,6 +68,7 @@ pub fn check_rules(cluster: &Cluster) -> Checked {
     check_counts(cluster)?;
     cluster.storage.as_ref().map_or(Ok(()), check_storage)?;
     check_backup(cluster)?;
+    check_external(&cluster.external)?;
     check_tuning(&cluster.tuning)
 }
 
@@ -321,6 +324,41 @@ fn check_backup(cluster: &Cluster) -> Checked {
     let why = "the system's own disk is read-only: only below /var something can be mounted";
     let help = "write it like /var/backups/stanchion, with letters, digits, `-`, `_` and `.`";
     Err(Fault::new("backup.directory", 0, what).why(why).help(help))
+}
+
+fn check_external(external: &External) -> Checked {
+    let is_host =
+        |host: &str| host.len() <= 253 && (is_domain(host) || host.parse::<Ipv4Addr>().is_ok());
+    let check_host = |key, host: &str| match is_host(host) {
+        true => Ok(()),
+        false => Err(Fault::new(key, 0, format!("bad host {}", quote(host)))
+            .help("write a name or an IPv4 address, without a port")),
+    };
+    let check_ca = |key, ca: &str| match ca.contains("-----BEGIN CERTIFICATE-----") {
+        true if ca.len() <= MAX_CA && ca.is_ascii() => Ok(()),
+        _ => Err(Fault::new(key, 0, "the CA is no certificate in PEM")
+            .help(format!("name a file with certificates in PEM, at most {} KiB", MAX_CA >> 10))),
+    };
+    if let Some(postgres) = &external.postgres {
+        check_host("external.postgres.host", &postgres.host)?;
+        check_ca("external.postgres.ca", &postgres.ca)?;
+        for (key, name) in [
+            ("external.postgres.database", &postgres.database),
+            ("external.postgres.user", &postgres.user),
+        ] {
+            let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"_-".contains(&b);
+            if !(1..=63).contains(&name.len()) || !name.bytes().all(is_plain) {
+                let what = format!("bad `{key}` {}", quote(name));
+                let help = "write letters, digits, `_` and `-`, at most 63";
+                return Err(Fault::new(key, 0, what).help(help));
+            }
+        }
+    }
+    if let Some(redis) = &external.redis {
+        check_host("external.redis.host", &redis.host)?;
+        check_ca("external.redis.ca", &redis.ca)?;
+    }
+    Ok(())
 }
 
 /// The bounds are Patroni's own; what lies above is no use to anybody.
