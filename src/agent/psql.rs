@@ -18,6 +18,8 @@ pub async fn run_psql_in(folder: &str, database: &str, statements: &str) -> Resu
     let command = Command::new("psql")
         .args(["--no-psqlrc", "--no-password", "--quiet", "--tuples-only", "--no-align"])
         .arg("--set=ON_ERROR_STOP=1")
+        // Else an error shows the statement, and with it a password.
+        .arg("--set=VERBOSITY=terse")
         .arg(format!("--host={folder}"))
         .args(["--username=postgres", &format!("--dbname={database}"), "--file=-"])
         .env("PGCONNECT_TIMEOUT", "5")

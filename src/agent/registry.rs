@@ -6,7 +6,6 @@
 //! /stanchion/<cluster>/pulse/<name>    under a lease of 2 s: the agent lives; written anew
 //!                                      at every beat while its node is PostgreSQL's leader
 //! /stanchion/<cluster>/secrets/<name>  keyed fingerprint of a secret
-//! /stanchion/<cluster>/maintenance     users are asked to wait (operate/maintenance.rs)
 //! /stanchion/<cluster>/restore/record  how far a restore is (backup/restore.rs)
 //! /stanchion/<cluster>/locks/<name>    work that one node does at a time
 //! /stanchion/<cluster>/site/<name>     what the edges show users, sealed
@@ -117,6 +116,11 @@ impl Registry {
 
     pub fn list_nodes(&self) -> BTreeMap<String, Registration> {
         lock(&self.content).nodes.clone()
+    }
+
+    /// The key that is there while users are asked to wait.
+    pub fn name_maintenance(&self) -> String {
+        format!("{}{MAINTENANCE}", self.prefix)
     }
 
     pub fn find_maintenance(&self) -> Option<Maintenance> {
@@ -406,6 +410,7 @@ mod tests {
     fn maintenance_begins_and_ends() {
         let registry = Registry::new("c");
         let key = "/stanchion/c/maintenance";
+        assert_eq!(Registry::new("c").name_maintenance(), key);
         registry.take(Event::Put(entry(key, r#"{"since":7,"by":"operator","reason":"disks"}"#)));
         assert_eq!(registry.find_maintenance().unwrap().reason, "disks");
         registry.take(Event::Put(entry(key, "nonsense")));

@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 use super::Context;
 use super::operate::{Asked, Consent, Place, show_result};
 use crate::agent::backup::format_utc;
-use crate::agent::operate::{MAINTENANCE, Maintenance};
+use crate::agent::operate::MAINTENANCE;
+use crate::agent::registry::Maintenance;
 use crate::config::Role;
 use crate::error::UserError;
 

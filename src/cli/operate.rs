@@ -73,7 +73,7 @@ impl Asked {
         };
         let nodes: Vec<&Node> = self.cluster.nodes.iter().filter(answering).collect();
         let registered = list_registered(&answers);
-        let is_preferred = |node: &&&Node| registered.get(&node.name).is_some_and(|r| prefer(r));
+        let is_preferred = |node: &&&Node| registered.get(&node.name).is_some_and(&prefer);
         nodes.iter().find(is_preferred).or(nodes.first()).copied().ok_or_else(|| {
             UserError::new(format!("no node with the role {} answers", role.name()))
                 .help("see `stanchion status`")

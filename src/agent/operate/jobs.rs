@@ -145,7 +145,12 @@ impl Jobs {
                 let content = lock(&job.content);
                 if content.lines.len() > after || content.outcome.is_some() {
                     let lines = content.lines.iter().skip(after).cloned().collect();
-                    return Some(Progress { lines, outcome: content.outcome.clone() });
+                    let outcome = content.outcome.clone();
+                    // A bundle is megabytes: it is told once.
+                    if matches!(outcome, Some(Outcome::Done(Value::Array(_)))) {
+                        lock(&self.jobs).retain(|job| job.id != id);
+                    }
+                    return Some(Progress { lines, outcome });
                 }
             }
             if tokio::time::timeout_at(end, changed).await.is_err() {

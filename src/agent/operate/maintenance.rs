@@ -4,33 +4,18 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{Desk, Say};
 use crate::agent::board::log;
 use crate::agent::etcd::{KeyValue, Outcome};
-use crate::agent::registry::Registry;
+use crate::agent::registry::Maintenance;
 use crate::error::UserError;
 
 const PAUSE: Duration = Duration::from_secs(3);
 /// Bytes of a reason, which users may see.
 const REASON: usize = 300;
-
-/// What the key holds.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Maintenance {
-    /// Seconds since 1970, UTC.
-    pub since: u64,
-    /// When it ends by itself, likewise.
-    #[serde(default)]
-    pub until: Option<u64>,
-    /// Who has asked for it.
-    #[serde(default)]
-    pub by: String,
-    #[serde(default)]
-    pub reason: String,
-}
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "snake_case", tag = "do")]
@@ -44,14 +29,10 @@ enum Wish {
     Show,
 }
 
-fn name_key(registry: &Registry) -> String {
-    registry.key("maintenance", "").trim_end_matches('/').to_string()
-}
-
 /// Turn it on or off, or tell how it is; what holds then, or null.
 pub async fn maintain(desk: &Desk, body: Value, say: &Say) -> Result<Value> {
     let wish: Wish = serde_json::from_value(body).context("reading what is wanted")?;
-    let key = name_key(&desk.registry);
+    let key = desk.registry.name_maintenance();
     match wish {
         Wish::Show => {}
         Wish::Off => desk.etcd.delete(&key).await?,
@@ -90,7 +71,7 @@ fn is_over(maintenance: &Maintenance, now: u64) -> bool {
 
 /// End maintenance at its time, for ever; on every db node, so that one of them does.
 pub async fn end_in_time(desk: Desk) {
-    let key = name_key(&desk.registry);
+    let key = desk.registry.name_maintenance();
     loop {
         tokio::time::sleep(PAUSE).await;
         // What fails is done at the next look.
@@ -119,10 +100,5 @@ mod tests {
         maintenance.until = Some(100);
         assert!(!is_over(&maintenance, 99));
         assert!(is_over(&maintenance, 100));
-    }
-
-    #[test]
-    fn the_key_is_the_clusters_own() {
-        assert_eq!(name_key(&Registry::new("c")), "/stanchion/c/maintenance");
     }
 }

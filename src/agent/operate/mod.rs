@@ -30,7 +30,7 @@ pub use cluster_lock::ClusterLock;
 pub use jobs::{Jobs, Outcome, Progress, Say};
 pub use judge_replace::judge_replace;
 pub use judge_switchover::judge_switchover;
-pub use maintenance::{Maintenance, end_in_time};
+pub use maintenance::end_in_time;
 pub use redact::Redactor;
 pub use switchover::Switched;
 
