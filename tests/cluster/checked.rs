@@ -27,6 +27,9 @@ fn a_new_file_is_good_as_it_is() {
         .collect();
     assert_ne!(all, written);
     write_certificate(&project, "site", &["netbox.example.org"], (-1, 90));
+    for name in ["postgres-ca.pem", "redis-ca.pem"] {
+        std::fs::copy(project.root().join("site.pem"), project.root().join(name)).unwrap();
+    }
     for text in [&written, &all] {
         let shown = check(&project, text);
         assert!(shown.contains("3 nodes"), "{shown}");
