@@ -9,7 +9,7 @@ use super::layers::Diff;
 use crate::config::Format;
 use crate::config::profile::Profile;
 use crate::digest::Digest;
-use crate::lock::LockedPackage;
+use crate::lock::{LockedPackage, LockedPython};
 use crate::progress::StepTime;
 
 /// An image before its root hash is known.
@@ -24,13 +24,14 @@ pub struct Description {
     pub layers: Vec<LayerEntry>,
     pub packages: Vec<PackageEntry>,
     pub artifacts: Vec<ArtifactEntry>,
+    pub pythons: Vec<PythonEntry>,
     cmdline: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LayerEntry {
     pub name: String,
-    /// `packages` or `files`.
+    /// `packages`, `build` or `files`.
     pub diff: String,
     pub key: Digest,
     pub blob: Digest,
@@ -48,6 +49,15 @@ pub struct PackageEntry {
 pub struct ArtifactEntry {
     pub name: String,
     pub layer: String,
+    pub sha256: Digest,
+}
+
+/// A distribution in a virtualenv.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PythonEntry {
+    pub layer: String,
+    pub name: String,
+    pub version: String,
     pub sha256: Digest,
 }
 
@@ -80,6 +90,8 @@ pub struct Manifest {
     pub layers: Vec<LayerEntry>,
     pub packages: Vec<PackageEntry>,
     pub artifacts: Vec<ArtifactEntry>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pythons: Vec<PythonEntry>,
     pub outputs: Vec<OutputEntry>,
     pub steps: Vec<StepTime>,
 }
@@ -93,6 +105,8 @@ pub struct InnerManifest {
     pub layers: Vec<LayerEntry>,
     pub packages: Vec<PackageEntry>,
     pub artifacts: Vec<ArtifactEntry>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pythons: Vec<PythonEntry>,
 }
 
 impl Description {
@@ -100,6 +114,7 @@ impl Description {
         profile: &Profile,
         diffs: &[Diff],
         packages: &[&LockedPackage],
+        pythons: &[&LockedPython],
         key: Digest,
         day: &str,
     ) -> Self {
@@ -139,6 +154,7 @@ impl Description {
             layers,
             packages,
             artifacts,
+            pythons: list_distributions(pythons),
             cmdline: profile.cmdline.clone(),
         }
     }
@@ -172,9 +188,23 @@ impl Description {
             layers: self.layers.clone(),
             packages: self.packages.clone(),
             artifacts: self.artifacts.clone(),
+            pythons: self.pythons.clone(),
         };
         Ok(serde_json::to_string_pretty(&inner).context("writing the image's manifest")? + "\n")
     }
+}
+
+fn list_distributions(pythons: &[&LockedPython]) -> Vec<PythonEntry> {
+    let list = |python: &&LockedPython| {
+        let layer = python.layer.clone();
+        python.distributions.clone().into_iter().map(move |one| PythonEntry {
+            layer: layer.clone(),
+            name: one.name,
+            version: one.version,
+            sha256: one.sha256,
+        })
+    };
+    pythons.iter().flat_map(list).collect()
 }
 
 impl Manifest {

@@ -15,6 +15,7 @@ mod source;
 mod stage;
 mod templates;
 mod unpacked;
+mod why;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -37,9 +38,10 @@ pub use artifacts::GivenArtifact;
 use image::ImageBuilder;
 use layers::{Diff, LayerBuilder};
 pub use locking::{Failures, lock_path, prepare_lock, relock};
-pub use manifest::{InnerManifest, Manifest, OutputEntry};
+pub use manifest::{InnerManifest, LayerEntry, Manifest, OutputEntry};
 pub use source::{FetchOptions, Source};
 pub use unpacked::provide_tools;
+pub use why::explain_presence;
 
 #[derive(Debug, Clone)]
 pub struct BuildOptions {
@@ -165,13 +167,7 @@ fn build_sound(
 /// Have what the profile needs from outside of Debian in the store.
 fn fetch_outside(source: &Source, lock: &Lock, profile: &Profile) -> Result<()> {
     artifacts::fetch(source, profile, lock)?;
-    let mut pythons = Vec::new();
-    for layer in &profile.layers {
-        if let Some(build) = &layer.build {
-            pythons.extend(python::list_locked(lock, layer, build)?);
-        }
-    }
-    python::fetch(source, lock, &pythons)
+    python::fetch(source, lock, &python::list_all(lock, profile)?)
 }
 
 struct Builder<'a> {
@@ -210,8 +206,10 @@ impl Builder<'_> {
             return Ok(describe(&manifest, out, began, true));
         }
         let packages = self.list_packages(profile)?;
+        let pythons = python::list_all(self.lock, profile)?;
         let day = image::format_day(self.lock.epoch);
-        let description = manifest::Description::new(profile, &diffs, &packages, key, &day);
+        let description =
+            manifest::Description::new(profile, &diffs, &packages, &pythons, key, &day);
         let raw = self.growing.path().join(format!("{}.raw", profile.name));
         let disk = images.build_disk(profile, &diffs, &initrd, &description, &raw)?;
         let written = outputs::write(self.source, self.tools, profile, formats, &raw)?;
@@ -227,6 +225,7 @@ impl Builder<'_> {
             layers: description.layers,
             packages: description.packages,
             artifacts: description.artifacts,
+            pythons: description.pythons,
             outputs: written,
             steps: [self.shared, &self.source.progress.step_times()[before..]].concat(),
         };

@@ -15,6 +15,7 @@ use super::unpacked::provide_tools;
 use crate::command::Failed;
 use crate::config::build::{Build, normalize_name};
 use crate::config::layer::Layer;
+use crate::config::profile::Profile;
 use crate::digest::Digest;
 use crate::error::UserError;
 use crate::lock::{Lock, LockedDistribution, LockedPython, PythonRequest};
@@ -97,6 +98,17 @@ pub fn list_locked<'a>(
                 .with_context(|| format!("the lock has no Python in {}", python.path.display()))
         })
         .collect()
+}
+
+/// What the lock holds for all virtualenvs of the profile.
+pub fn list_all<'a>(lock: &'a Lock, profile: &Profile) -> Result<Vec<&'a LockedPython>> {
+    let mut pythons = Vec::new();
+    for layer in &profile.layers {
+        if let Some(build) = &layer.build {
+            pythons.extend(list_locked(lock, layer, build)?);
+        }
+    }
+    Ok(pythons)
 }
 
 /// Have pip choose all distributions that the requirements need.

@@ -17,6 +17,8 @@ use crate::store;
 const STORE_FIRST: u64 = 3_500_000_000;
 /// A build over a store that has been built with needs little more than what changes.
 const STORE_AGAIN: u64 = 500_000_000;
+/// A build stage at its peak, with what it keeps: measured on netbox, rounded up by half.
+const STAGE: u64 = 1_500_000_000;
 /// Raw (what it allocates) and qcow2, beside the earlier ones.
 const OUTPUTS: u64 = 1_300_000_000;
 
@@ -25,6 +27,8 @@ pub fn check(source: &Source, out: &Path, profiles: &[Profile]) -> Result<()> {
     let fresh = source.store.is_fresh();
     let in_store =
         if fresh { STORE_FIRST + (count.saturating_sub(1)) * OUTPUTS } else { STORE_AGAIN };
+    let has_stage = |profile: &Profile| profile.layers.iter().any(|layer| layer.build.is_some());
+    let in_store = in_store + if profiles.iter().any(has_stage) { STAGE } else { 0 };
     let in_out = count * OUTPUTS;
     let device = |path: &Path| -> Result<u64> {
         let metadata = path.metadata().with_context(|| format!("looking at {}", path.display()))?;

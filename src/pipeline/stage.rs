@@ -32,6 +32,16 @@ pub const KEEP_JOB: &str = "layer/keep";
 /// Where programs of a stage see Python's distributions, one folder a virtualenv.
 const DISTRIBUTIONS: &str = "/run/stanchion/python";
 
+/// A stage before it runs.
+struct Stage<'a> {
+    profile: &'a Profile,
+    index: usize,
+    build: &'a Build,
+    below: Below,
+    packages: Vec<&'a LockedPackage>,
+    pythons: Vec<&'a LockedPython>,
+}
+
 impl LayerBuilder<'_> {
     /// The diff of what the stage of the layer at `index` keeps; `belows` are the states
     /// after no layer, after the first, and so on.
@@ -43,12 +53,31 @@ impl LayerBuilder<'_> {
     ) -> Result<Option<Diff>> {
         let layer = &profile.layers[index];
         let Some(build) = &layer.build else { return Ok(None) };
-        let packages = self.lock.list_set(&sets::name_build_set(profile, index, build))?;
-        let pythons = python::list_locked(self.lock, layer, build)?;
-        let below = describe_below(profile, index, build, belows);
+        let stage = Stage {
+            profile,
+            index,
+            build,
+            below: describe_below(profile, index, build, belows),
+            packages: self.lock.list_set(&sets::name_build_set(profile, index, build))?,
+            pythons: python::list_locked(self.lock, layer, build)?,
+        };
+        let key = self.describe_inputs(&stage)?;
+        self.provide(layer, "build", key, &stage.below, |scratch, step| {
+            let (spec, job) = self.describe_stage(&stage, scratch)?;
+            let input = serde_json::to_value(job)?;
+            self.sandbox.start(&spec, STAGE_JOB, input, &mut |line| step.update(line))?;
+            let job = KeepJob { common: self.describe_common(layer, &stage.below, scratch) };
+            Ok((KEEP_JOB, serde_json::to_value(job)?))
+        })
+        .map_err(|error| self.source.explain_rot(&stage.packages, error))
+        .map(Some)
+    }
 
-        let mut key = self.begin_key("build", BUILD_VERSION, layer, &below);
-        add_packages(&mut key, &packages);
+    fn describe_inputs(&self, stage: &Stage<'_>) -> Result<Key> {
+        let Stage { profile, build, .. } = *stage;
+        let layer = &profile.layers[stage.index];
+        let mut key = self.begin_key("build", BUILD_VERSION, layer, &stage.below);
+        add_packages(&mut key, &stage.packages);
         layer.provides.iter().for_each(|name| {
             key.add("provides", name);
         });
@@ -56,7 +85,7 @@ impl LayerBuilder<'_> {
         key.add("files of the stage", "");
         place(profile, &build.files, None, &mut key)?;
         add_artifacts(&mut key, &layer.artifacts);
-        for python in &pythons {
+        for python in &stage.pythons {
             key.add("virtualenv", &python.path);
             for one in &python.distributions {
                 key.add(
@@ -72,33 +101,13 @@ impl LayerBuilder<'_> {
         build.keep.iter().for_each(|path| {
             key.add("keep", path.as_os_str().as_encoded_bytes());
         });
-
-        self.provide(layer, "build", key, &below, |scratch, step| {
-            let job =
-                self.describe_stage(profile, index, build, &below, &packages, &pythons, scratch);
-            let (spec, job) = job?;
-            let input = serde_json::to_value(job)?;
-            self.sandbox.start(&spec, STAGE_JOB, input, &mut |line| step.update(line))?;
-            let job = KeepJob { common: self.describe_common(layer, &below, scratch) };
-            Ok((KEEP_JOB, serde_json::to_value(job)?))
-        })
-        .map_err(|error| self.source.explain_rot(&packages, error))
-        .map(Some)
+        Ok(key)
     }
 
     /// The stage's own sandbox in `scratch`, whose `tree` gets what is kept.
-    #[allow(clippy::too_many_arguments)]
-    fn describe_stage(
-        &self,
-        profile: &Profile,
-        index: usize,
-        build: &Build,
-        below: &Below,
-        packages: &[&LockedPackage],
-        pythons: &[&LockedPython],
-        scratch: &Path,
-    ) -> Result<(Spec, StageJob)> {
-        let layer = &profile.layers[index];
+    fn describe_stage(&self, stage: &Stage<'_>, scratch: &Path) -> Result<(Spec, StageJob)> {
+        let Stage { profile, build, .. } = *stage;
+        let layer = &profile.layers[stage.index];
         let folder = scratch.join("stage");
         let make = |name: &str| {
             let path = folder.join(name);
@@ -109,7 +118,7 @@ impl LayerBuilder<'_> {
         };
         let mut binds = Vec::new();
         let mut environments = Vec::new();
-        for (number, python) in pythons.iter().enumerate() {
+        for (number, python) in stage.pythons.iter().enumerate() {
             let files = make(&format!("python-{number}"))?;
             python::lay_files(self.source, python, &files)?;
             let to = format!("{DISTRIBUTIONS}/{number}");
@@ -129,8 +138,9 @@ impl LayerBuilder<'_> {
         let (skeletons, placed) = (make("skeleton")?, make("files")?);
         let job = StageJob {
             packages: PackagesJob {
-                common: self.describe_common(layer, below, scratch),
-                debs: packages
+                common: self.describe_common(layer, &stage.below, scratch),
+                debs: stage
+                    .packages
                     .iter()
                     .map(|package| Deb {
                         name: package.name.clone(),
@@ -140,7 +150,7 @@ impl LayerBuilder<'_> {
                     .collect(),
                 skeleton: place(profile, &layer.skeleton, Some(&skeletons), &mut Key::default())?,
                 stand_in: (!layer.provides.is_empty()).then(|| StandIn {
-                    name: lock::name_stand_in(&sets::name_build_set(profile, index, build)),
+                    name: lock::name_stand_in(&sets::name_build_set(profile, stage.index, build)),
                     provides: layer.provides.clone(),
                 }),
                 threads: self.source.threads,
@@ -154,7 +164,7 @@ impl LayerBuilder<'_> {
         };
         let env = [("SOURCE_DATE_EPOCH".to_string(), self.lock.epoch.to_string())];
         let spec = Spec {
-            lower: below.trees.clone(),
+            lower: stage.below.trees.clone(),
             upper: Some(make("upper")?),
             work: Some(make("work")?),
             merged: Some(make("merged")?),

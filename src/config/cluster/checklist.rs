@@ -34,6 +34,7 @@ pub fn list_checks(cluster: &Cluster) -> Vec<Check> {
     checks.push(check_zones(cluster));
     checks.extend([check_addresses(cluster), check_storage(cluster), check_time(cluster)]);
     checks.extend(list_external(cluster));
+    checks.extend(check_backup(cluster));
     checks.extend(list_open(cluster));
     checks
 }
@@ -148,7 +149,7 @@ fn check_storage(cluster: &Cluster) -> Check {
         }
         None => warn(
             "storage",
-            "no [storage]: media and backups lie on the nodes alone and are not highly available",
+            "no [storage]: media lie on the nodes alone and are not highly available",
         ),
     }
 }
@@ -171,9 +172,28 @@ fn list_external(cluster: &Cluster) -> Vec<Check> {
     checks
 }
 
+/// Of a place for backups nothing is proved here; without any the cluster is no less available.
+fn check_backup(cluster: &Cluster) -> Option<Check> {
+    cluster.list_nodes(Role::Db).next()?;
+    let (state, text) = match cluster.backup.as_ref().map(|backup| &backup.directory) {
+        Some(Some(directory)) => {
+            (State::Open, format!("the same share is mounted at {directory} on every db node"))
+        }
+        Some(None) => (State::Verified, "to the bucket, encrypted".to_string()),
+        None => {
+            let text = "no [backup]: what all nodes lose together is lost for ever";
+            (State::Open, text.to_string())
+        }
+    };
+    Some(Check { state, subject: "backup", text })
+}
+
 fn check_time(cluster: &Cluster) -> Check {
     match cluster.ntp.as_slice() {
-        [] => warn("clocks", "no `ntp`: nothing keeps the nodes' clocks together"),
+        [] => warn(
+            "clocks",
+            "no `ntp`: the nodes' clocks agree with each other, but with nobody else's",
+        ),
         servers => verify("clocks", format!("kept by {}", servers.join(", "))),
     }
 }
