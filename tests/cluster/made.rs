@@ -154,6 +154,43 @@ fn each_role_gets_its_own_secrets_and_no_others() {
 }
 
 #[test]
+fn keys_that_somebody_else_has_made_are_brought() {
+    let text = format!(
+        "{}[storage]\nendpoint = \"https://s3.test\"\nbucket = \"media\"\nregion = \"eu\"\n",
+        three()
+    );
+    let project = make_project();
+    project.write("cluster.toml", &text);
+    let refused = project.run(&["cluster", "init"]);
+    refused.expect(2, &["`s3_access_key` is not given", "--s3-key-file FILE"]);
+    let path = project.root().join("s3.keys");
+    let init = ["cluster", "init", "--s3-key-file", "s3.keys"];
+    project.run(&init).expect(2, &["there is no file s3.keys"]);
+    for (keys, mode, said) in [
+        ("GKabc\nsecret+/=\n", 0o644, "open to others"),
+        ("GKabc\n", 0o600, "it must be 2 lines"),
+        ("GKabc\nhunter 2\n", 0o600, "it must be 2 lines"),
+    ] {
+        project.write("s3.keys", keys);
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        project.run(&init).expect(2, &[said]).expect_not("hunter");
+    }
+    project.write("s3.keys", "GKabc\nsecret+/=\n");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    project.run(&init).expect(0, &["made lab"]);
+    let all = fs::read_to_string(project.root().join("lab/secrets.toml")).unwrap();
+    assert!(all.contains("s3_access_key = \"GKabc\"\ns3_secret_key = \"secret+/=\"\n"), "{all}");
+
+    // A storage that comes later.
+    project.write("cluster.toml", &three());
+    project.run(&["cluster", "init", "--dir", "later"]).expect(0, &[]);
+    project.write("cluster.toml", &text);
+    project.run(&["cluster", "init", "--missing", "--dir", "later"]).expect(2, &["s3_access_key"]);
+    let add = [&init[..], &["--missing", "--dir", "later"]].concat();
+    project.run(&add).expect(0, &["added s3_access_key, s3_secret_key"]);
+}
+
+#[test]
 fn each_run_issues_a_fresh_certificate_of_the_same_ca() {
     let project = make_cluster(&three());
     let image = project.root().join("lab/seeds/n2.seed.img");

@@ -16,11 +16,18 @@ pub struct Netbox {
     http: Client,
     base: String,
     cookies: BTreeMap<String, String>,
+    /// How long a request may take.
+    pub patience: Duration,
 }
 
 impl Netbox {
     pub fn new(http: Client, base: &str) -> Self {
-        Netbox { http, base: base.to_string(), cookies: BTreeMap::new() }
+        Netbox {
+            http,
+            base: base.to_string(),
+            cookies: BTreeMap::new(),
+            patience: Duration::from_secs(20),
+        }
     }
 
     async fn send(
@@ -38,7 +45,7 @@ impl Netbox {
             .header(COOKIE, cookies.join("; "))
             .header(REFERER, format!("{}{path}", self.base))
             .header("Accept", "application/json, text/html")
-            .timeout(Duration::from_secs(20));
+            .timeout(self.patience);
         if let Some(token) = self.cookies.get("csrftoken") {
             request = request.header("X-CSRFToken", token);
         }

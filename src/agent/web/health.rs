@@ -72,8 +72,15 @@ pub fn judge(prepared: bool, parts: &[Part]) -> Vec<String> {
 #[derive(Default)]
 struct Seen {
     prepared: bool,
-    /// Problems by the part's name, and since when they are there.
-    parts: Vec<(&'static str, Duration, Option<(String, Instant)>)>,
+    parts: Vec<Finding>,
+}
+
+/// A part as it was found.
+struct Finding {
+    name: &'static str,
+    patience: Duration,
+    /// What is wrong, and since when.
+    problem: Option<(String, Instant)>,
 }
 
 /// What was seen last.
@@ -97,11 +104,11 @@ impl Health {
 
     fn list_parts(&self) -> (bool, Vec<Part>) {
         let seen = lock(&self.seen);
-        let part =
-            |(name, patience, problem): &(&'static str, Duration, Option<(String, Instant)>)| {
-                let problem = problem.as_ref().map(|(text, since)| (text.clone(), since.elapsed()));
-                Part { name, problem, patience: *patience }
-            };
+        let part = |found: &Finding| {
+            let problem = found.problem.as_ref();
+            let problem = problem.map(|(text, since)| (text.clone(), since.elapsed()));
+            Part { name: found.name, problem, patience: found.patience }
+        };
         (seen.prepared, seen.parts.iter().map(part).collect())
     }
 
@@ -117,12 +124,12 @@ impl Health {
         seen.parts = found
             .into_iter()
             .map(|(name, patience, result)| {
-                let old = before.iter().find(|(known, ..)| *known == name);
-                let since = old.and_then(|(_, _, problem)| problem.as_ref().map(|(_, at)| *at));
+                let old = before.iter().find(|known| known.name == name);
+                let since = old.and_then(|known| known.problem.as_ref().map(|(_, at)| *at));
                 let problem = result
                     .err()
                     .map(|error| (format!("{error:#}"), since.unwrap_or_else(Instant::now)));
-                (name, patience, problem)
+                Finding { name, patience, problem }
             })
             .collect();
     }
