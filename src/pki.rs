@@ -36,6 +36,8 @@ const NODE_SECONDS: u64 = 2 * YEAR;
 const SLACK: u64 = DAY;
 /// Bytes of a certificate or a key, PEM.
 const MAX_PEM: usize = 16 << 10;
+/// Common name of the operator's certificate.
+const OPERATOR: &str = "operator";
 
 /// The certificate authority, with its key.
 pub struct Authority {
@@ -99,7 +101,7 @@ impl Authority {
     /// The operator's certificate, for clients only; valid as long as the CA's, beside
     /// whose key it lies.
     pub fn certify_operator(&self, now: u64) -> Result<Issued> {
-        let mut params = self.make_params("operator", now, self.certificate.not_after)?;
+        let mut params = self.make_params(OPERATOR, now, self.certificate.not_after)?;
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         self.certify(&params).context("certifying the operator")
     }
@@ -200,11 +202,26 @@ impl Certificate {
             anyhow::bail!("this is not one certificate in PEM");
         };
         ensure!(block.label == "CERTIFICATE", "this is no certificate in PEM");
-        let (rest, certificate) = X509Certificate::from_der(&block.contents)
-            .ok()
-            .context("the certificate is damaged")?;
+        Certificate::read_der(&block.contents)
+    }
+
+    /// The same in DER, as TLS has it.
+    pub fn read_der(bytes: &[u8]) -> Result<Self> {
+        ensure!(bytes.len() <= MAX_PEM, "the certificate is too long");
+        let (rest, certificate) =
+            X509Certificate::from_der(bytes).ok().context("the certificate is damaged")?;
         ensure!(rest.is_empty(), "the certificate is damaged");
-        read_fields(&certificate, Digest::of(&block.contents))
+        read_fields(&certificate, Digest::of(bytes))
+    }
+
+    /// Whether it is the operator's: of that name, and from the CA's own hand. A node that
+    /// bears the name has names and addresses to be found under; the operator has none.
+    pub fn is_operator(&self, ca: &Certificate) -> bool {
+        self.name == OPERATOR
+            && !self.is_ca
+            && self.dns_names.is_empty()
+            && self.addresses.is_empty()
+            && ca.has_issued(self)
     }
 
     /// Whether this one's key made the signature over the bytes.

@@ -13,7 +13,7 @@ use crate::pki::make_site_key;
 /// All shared secrets by name, with the roles that need them; `fingerprint` is the key of
 /// the fingerprints by which nodes compare the others without showing them, `site_key` the
 /// key of the site CA, and `site_seal` that under which etcd holds the site's certificate.
-pub const SECRETS: [(&str, &[Role]); 17] = [
+pub const SECRETS: [(&str, &[Role]); 18] = [
     ("postgres_superuser", &[Role::Db]),
     ("postgres_replication", &[Role::Db]),
     ("postgres_rewind", &[Role::Db]),
@@ -26,6 +26,8 @@ pub const SECRETS: [(&str, &[Role]); 17] = [
     ("fingerprint", &Role::ALL),
     (SITE_KEY, &[Role::Edge]),
     (SITE_SEAL, &[Role::Edge]),
+    // Whatever is lost with the cluster, this must not be: it opens the backups.
+    ("backup_cipher", &[Role::Db]),
     ("netbox_secret_key", &[Role::Web]),
     ("netbox_pepper", &[Role::Web]),
     ("netbox_admin", &[Role::Web]),

@@ -64,6 +64,8 @@ impl World {
             ntp: Vec::new(),
             nodes: (1..=3).map(node).collect(),
             storage: None,
+            external: Default::default(),
+            backup: None,
             tuning: Tuning::default(),
         };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();

@@ -5,6 +5,8 @@
 mod checkers;
 #[path = "boot_templates/contexts.rs"]
 mod contexts;
+#[path = "boot_templates/firewall.rs"]
+mod firewall;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -97,7 +99,7 @@ fn only_nodes_reach_what_is_for_nodes() {
             || line.contains("input tcp dport { 80, 443, 5433-5435, 6379 } accept");
         assert!(is_for_all || line.contains(" ip saddr "), "{line}");
     }
-    assert!(rules.contains("input ip saddr $edges ip protocol vrrp accept\n"), "{rules}");
+    assert!(rules.contains("input ip saddr $edges ip protocol 112 accept\n"), "{rules}");
     for kind in list_kinds().iter().filter(|kind| !kind.roles.contains(&"edge")) {
         let rendered = render(kind);
         let rules = find(&rendered, "/etc/nftables.conf");
@@ -124,6 +126,44 @@ fn patroni_starts_with_the_settings_that_the_agent_reconciles() {
         let open = |line: &&str| line.starts_with("- host ") && !line.ends_with(" reject");
         assert_eq!(lines().filter(open).count(), 0, "{hba}");
     }
+}
+
+#[test]
+fn backups_go_where_the_cluster_file_says() {
+    let kinds = list_kinds();
+    let show = |label: &str| {
+        let rendered = render(kinds.iter().find(|kind| kind.label == label).unwrap());
+        let path = |path: &str| find(&rendered, path).to_string();
+        let dynamic: serde_json::Value =
+            serde_json::from_str(&path("/etc/patroni/dynamic.json")).unwrap();
+        let archive = dynamic["postgresql"]["parameters"]["archive_command"].clone();
+        let drop_in = path("/etc/systemd/system/patroni.service.d/20-backup.conf");
+        (path("/etc/pgbackrest/pgbackrest.conf"), archive, drop_in)
+    };
+    let push = "pgbackrest --stanza=lab archive-push %p";
+    let (config, archive, drop_in) = show("node");
+    assert!(config.contains("\nrepo1-path=/var/backups/stanchion\n"), "{config}");
+    assert!(!config.contains("s3") && !config.contains("cipher"), "{config}");
+    assert_eq!(archive, push);
+    assert!(drop_in.contains("\nReadWritePaths=-/var/backups/stanchion\n"), "{drop_in}");
+
+    let (config, archive, drop_in) = show("db");
+    for line in [
+        "repo1-type=s3",
+        "repo1-path=/lab",
+        "repo1-s3-endpoint=s3.example.org:9000",
+        "repo1-retention-full=8",
+        "repo1-cipher-type=aes-256-cbc",
+        "repo1-cipher-pass=secret-backup_cipher-_0123456789abcdef",
+    ] {
+        assert!(config.contains(&format!("\n{line}\n")), "{line}: {config}");
+    }
+    assert_eq!(archive, push);
+    assert!(!drop_in.contains("/var/backups"), "{drop_in}");
+
+    let (config, archive, _) = show("single-db");
+    assert!(!config.contains("repo1"), "{config}");
+    assert_eq!(archive, "/bin/true");
 }
 
 #[test]

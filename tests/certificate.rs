@@ -7,7 +7,8 @@ mod ha;
 #[allow(dead_code, reason = "other tests look into the image")]
 #[path = "support/image.rs"]
 mod image;
-#[path = "certificate/users.rs"]
+#[allow(dead_code, reason = "other tests have users that are unwelcome")]
+#[path = "support/users.rs"]
 mod users;
 
 use std::fs;

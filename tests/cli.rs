@@ -28,3 +28,5 @@ mod shell;
 mod stage;
 #[path = "cli/stores.rs"]
 mod stores;
+#[path = "cli/why.rs"]
+mod why;

@@ -7,20 +7,28 @@ mod ha;
 #[allow(dead_code, reason = "other tests look into the image")]
 #[path = "support/image.rs"]
 mod image;
+#[path = "ha/newcomer.rs"]
+mod newcomer;
+#[path = "ha/power.rs"]
+mod power;
 #[path = "ha/services.rs"]
 mod services;
+#[allow(dead_code, reason = "other tests load the edges")]
+#[path = "support/users.rs"]
+mod users;
 
 use std::time::{Duration, Instant};
 
 use ha::report::{Line, Report, find_longest_pause, find_return};
-use ha::{Ha, LEADER_PORT, REPLICA_PORT, WHOLE};
-use stanchion::lab::ledger::read_ledger;
+use ha::{ALL_PORT, Ha, LEADER_PORT, REPLICA_PORT, WHOLE};
+use stanchion::lab::ledger::{Record, read_ledger};
 
 /// The events of one cluster's life, each with all clients at work; whole before each.
 #[test]
 fn a_cluster_forms_itself_and_survives_what_happens_to_its_nodes() {
     let Some(ha) = Ha::create("ha", |_| {}) else { return };
     let mut report = Report::default();
+    let turn = ha::wait_turn();
     let began = Instant::now();
     ha.start_all();
     let ledger = ha.write();
@@ -39,6 +47,7 @@ fn a_cluster_forms_itself_and_survives_what_happens_to_its_nodes() {
     });
     drop(ledger);
     eprintln!("whole after {:.1} s", ha.wait_until_whole().as_secs_f64() + first);
+    drop(turn);
 
     services::look_at_services(&ha);
     kill_the_busiest_node(&ha, &mut report);
@@ -47,7 +56,18 @@ fn a_cluster_forms_itself_and_survives_what_happens_to_its_nodes() {
     refuse_writes_on_a_replica(&ha);
     replace_a_node(&ha, &mut report);
     lose_two_of_three(&ha, &mut report);
-    power_off_all(&ha, &mut report);
+    report.finish();
+}
+
+/// A machine of which the cluster file knows nothing comes and goes; the power goes.
+#[test]
+fn a_cluster_takes_in_a_newcomer_and_outlives_losses_of_power() {
+    let created = Ha::create_with("power", |_| {}, |_, _| {}, newcomer::describe);
+    let Some(ha) = created else { return };
+    let mut report = Report::default();
+    ha.form();
+    newcomer::join_serve_and_leave(&ha);
+    power::lose_power_and_start_in_any_order(&ha, &mut report);
     report.finish();
 }
 
@@ -192,7 +212,9 @@ fn lose_two_of_three(ha: &Ha, report: &mut Report) {
     std::thread::sleep(Duration::from_secs(30));
     let before = ledger.record().acknowledged.len();
     std::thread::sleep(Duration::from_secs(5));
-    assert_eq!(ledger.record().acknowledged.len(), before, "a lone node acknowledges writes");
+    let record = ledger.record();
+    assert_eq!(record.acknowledged.len(), before, "a lone node acknowledges writes");
+    read_from_survivor(ha, &leader, &record);
     let event = Instant::now();
     ha.lab.start(&dead[0]).unwrap();
     ledger.wait_for_write(WHOLE).unwrap_or_else(|error| {
@@ -207,32 +229,13 @@ fn lose_two_of_three(ha: &Ha, report: &mut Report) {
     report.push(Line { scenario: SCENARIO, writes: Some(writes), vip: None, redis: None, lost });
 }
 
-/// All at once, and started again in another order.
-fn power_off_all(ha: &Ha, report: &mut Report) {
-    const SCENARIO: &str = "power-off of all three";
-    let ledger = ha.write();
-    ledger.wait_for_write(Duration::from_secs(30)).unwrap();
-    std::thread::sleep(Duration::from_secs(2));
-    for node in ha.nodes() {
-        ha.lab.kill(node).unwrap();
-    }
-    std::thread::sleep(Duration::from_secs(2));
-    let event = Instant::now();
-    for node in ha.nodes().into_iter().rev() {
-        ha.lab.start(node).unwrap();
-        std::thread::sleep(Duration::from_secs(1));
-    }
-    ledger.wait_for_write(WHOLE).unwrap_or_else(|error| {
-        ha.show_nodes();
-        panic!("{error:#}");
+/// Whoever asks for any server that lives can read all that was acknowledged; who asks for
+/// the leader gets nothing.
+fn read_from_survivor(ha: &Ha, survivor: &str, record: &Record) {
+    let read = |port| ha.lab.enter_network(|| read_ledger(&ha.database(port))).unwrap();
+    let there = ha.wait_for("the survivor can be read", Duration::from_secs(20), || {
+        read(ALL_PORT).map_err(|error| eprintln!("{survivor}: {error:#}")).ok()
     });
-    let writes = event.elapsed().as_secs_f64();
-    report.check(SCENARIO, "writes", Some(writes), 20.0);
-    ha.wait_for("whole after the power-off", WHOLE, || ha.is_whole().then_some(()));
-    let record = ledger.stop();
-    let lost = ha.find_lost(&record).len();
-    let target = ha.database(LEADER_PORT);
-    let there = ha.lab.enter_network(|| read_ledger(&target)).unwrap().unwrap();
-    assert!(!there.is_empty());
-    report.push(Line { scenario: SCENARIO, writes: Some(writes), vip: None, redis: None, lost });
+    assert!(!there.is_empty() && record.find_lost(&there).is_empty(), "the survivor lacks writes");
+    assert!(read(LEADER_PORT).is_err(), "{survivor} leads without a majority");
 }

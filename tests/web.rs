@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use client::{Netbox, PNG};
-use ha::{Ha, WHOLE};
+use ha::{Ha, Images, WHOLE};
 use reqwest::Method;
 use s3::S3;
 use serde_json::json;
@@ -67,7 +67,8 @@ fn create(tarball: &std::path::Path) -> Option<Ha> {
             lab.set_seed(&node.name, Some(&seed.unwrap())).unwrap();
         }
     };
-    Ha::create_of("netbox", node, "netbox", &[("web", web)], add_fourth, hide_fourth)
+    let images = Images { project: "netbox", node, others: vec![("web", web)] };
+    Ha::create_of("netbox", &images, add_fourth, hide_fourth, |_| Some(Vec::new()))
 }
 
 #[test]

@@ -4,8 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use super::board::{Board, log};
 use super::files::{Access, read_bounded, write_file};
@@ -15,6 +16,8 @@ use super::roles::{OnChange, Service};
 use super::systemd::{Active, query_unit, reload_unit, restart_unit, run_program};
 
 const MAX_FILE: u64 = 16 << 20;
+/// The other services' files do not wait longer for one that is slow to reload.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What was laid down in this boot.
 #[derive(Debug, Default)]
@@ -23,6 +26,16 @@ pub struct Applied {
     accepted: BTreeSet<String>,
     /// Candidates that their service refused last, which are not asked about again.
     refused: BTreeMap<String, Vec<u8>>,
+    /// Units with changed files that have not taken them in yet.
+    untold: BTreeSet<&'static str>,
+}
+
+/// What became of telling a service that its files have changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Told {
+    Done,
+    /// It is starting: which files it has read, nobody knows.
+    Later,
 }
 
 impl Applied {
@@ -32,75 +45,101 @@ impl Applied {
         self.refused.clear();
     }
 
-    /// A target of this service that it refused and of which there is no earlier good one.
+    /// A target of this service that could not be laid and of which there is no earlier good
+    /// one.
     pub fn find_obstacle(&self, service: &Service) -> Option<&str> {
         self.refused
             .keys()
             .find(|target| service.is_concerned(target) && !self.accepted.contains(*target))
             .map(String::as_str)
     }
+
+    fn accept(&mut self, target: String) {
+        self.refused.remove(&target);
+        self.accepted.insert(target);
+    }
 }
 
-/// Lay down what differs from what is there. Units that are active are reloaded or
-/// restarted when a file of theirs has changed. Returns the targets that changed.
+/// Lay down what differs from what is there. `tell` lets a service take in a file of its
+/// own that has changed; it is tried again at every call until it has worked. Returns the
+/// targets that changed.
 pub async fn apply(
     places: &Places,
     board: &Board,
     services: &[Service],
     applied: &mut Applied,
     files: Vec<Rendered>,
+    tell: impl AsyncFn(&Service) -> Result<Told>,
 ) -> Result<Vec<String>> {
     let mut changed = Vec::new();
     for file in files {
         let target = file.target.to_string_lossy().into_owned();
         let path = places.join(&file.target);
         if is_same(&path, &file)? {
-            applied.accepted.insert(target.clone());
-            applied.refused.remove(&target);
+            applied.accept(target.clone());
             board.clear(&target);
             continue;
         }
         if applied.refused.get(&target) == Some(&file.bytes) {
             continue;
         }
-        if let Err(reason) = check_candidate(places, services, &target, &file).await {
-            board
-                .raise(&target, format!("the new file was refused, the old one is kept: {reason}"));
+        let laid = match check_candidate(places, services, &target, &file).await {
+            Ok(()) => write_file(&path, &file.bytes, file.access, false)
+                .map_err(|error| format!("the new file could not be written: {error:#}")),
+            Err(reason) => Err(format!("the new file was refused, the old one is kept: {reason}")),
+        };
+        if let Err(reason) = laid {
+            board.raise(&target, reason);
             applied.refused.insert(target, file.bytes);
             continue;
         }
-        write_file(&path, &file.bytes, file.access, false)?;
         board.clear(&target);
-        applied.refused.remove(&target);
-        applied.accepted.insert(target.clone());
+        let concerned = services.iter().filter(|service| service.is_concerned(&target));
+        applied.untold.extend(concerned.map(|service| service.unit));
+        applied.accept(target.clone());
         changed.push(target);
     }
     if !changed.is_empty() {
         log(&format!("changed files: {}", changed.join(", ")));
     }
     for service in services {
-        if changed.iter().any(|target| service.is_concerned(target)) {
-            tell_service(board, service).await;
+        if !applied.untold.contains(service.unit) {
+            continue;
+        }
+        match tell(service).await {
+            Ok(Told::Done) => {
+                applied.untold.remove(service.unit);
+                board.clear(service.unit);
+            }
+            Ok(Told::Later) => {}
+            Err(error) => {
+                board.raise(service.unit, format!("its files changed, but {error:#}"));
+            }
         }
     }
     Ok(changed)
 }
 
-async fn tell_service(board: &Board, service: &Service) {
-    let told = async {
-        if query_unit(service.unit).await? != Active::Running {
-            return Ok(());
-        }
+/// Reload or restart a running service, and wait for what comes of it. One that does not
+/// run reads its files when it starts.
+pub async fn tell_service(service: &Service) -> Result<Told> {
+    if service.on_change == OnChange::Nothing {
+        return Ok(Told::Done);
+    }
+    match query_unit(service.unit).await? {
+        Active::Running => {}
+        Active::Starting => return Ok(Told::Later),
+        Active::Stopped | Active::Failed | Active::Missing => return Ok(Told::Done),
+    }
+    let done = async {
         match service.on_change {
-            OnChange::Reload => reload_unit(service.unit).await,
             OnChange::Restart => restart_unit(service.unit).await,
-            OnChange::Nothing => Ok(()),
+            OnChange::Reload | OnChange::Nothing => reload_unit(service.unit).await,
         }
     };
-    let told: Result<()> = told.await;
-    match told {
-        Ok(()) => board.clear(service.unit),
-        Err(error) => board.raise(service.unit, format!("its files changed, but {error:#}")),
+    match tokio::time::timeout(PATIENCE, done).await {
+        Ok(done) => done.map(|()| Told::Done),
+        Err(_) => bail!("{} has not taken them in within {} s", service.unit, PATIENCE.as_secs()),
     }
 }
 
@@ -151,9 +190,14 @@ fn shorten(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+    use std::collections::VecDeque;
+    use std::path::PathBuf;
+
+    use anyhow::anyhow;
+
     use super::*;
     use crate::agent::roles::Check;
-    use std::path::PathBuf;
 
     const SERVICES: [Service; 1] = [Service {
         unit: "stanchion-no-such-unit.service",
@@ -176,7 +220,8 @@ mod tests {
         let (places, board) = (Places::under(root.path()), Board::default());
         let mut applied = Applied::default();
         let lay = async |text: &str, applied: &mut Applied| {
-            apply(&places, &board, &SERVICES, applied, rendered(text)).await.unwrap()
+            let tell = async |_: &Service| Ok(Told::Done);
+            apply(&places, &board, &SERVICES, applied, rendered(text), tell).await.unwrap()
         };
         assert!(lay("bad", &mut applied).await.is_empty());
         assert_eq!(applied.find_obstacle(&SERVICES[0]), Some("/etc/x/main"));
@@ -190,5 +235,45 @@ mod tests {
         assert!(board.snapshot().problems["/etc/x/main"].contains("refused"));
         assert!(lay("good 1", &mut applied).await.is_empty());
         assert!(!board.snapshot().problems.contains_key("/etc/x/main"));
+    }
+
+    #[tokio::test]
+    async fn a_service_is_told_until_it_has_taken_the_file_in() {
+        let root = tempfile::tempdir().unwrap();
+        let (places, board) = (Places::under(root.path()), Board::default());
+        let mut applied = Applied::default();
+        let answers = RefCell::new(VecDeque::from([
+            Err(anyhow!("it refuses to reload")),
+            Ok(Told::Later),
+            Ok(Told::Done),
+        ]));
+        let mut lay = async |text: &str| {
+            let tell = async |_: &Service| answers.borrow_mut().pop_front().unwrap();
+            apply(&places, &board, &SERVICES, &mut applied, rendered(text), tell).await.unwrap();
+            answers.borrow().len()
+        };
+        assert_eq!(lay("good").await, 2);
+        assert!(board.snapshot().problems[SERVICES[0].unit].contains("refuses to reload"));
+        // The file is as it should be by now; the service is not.
+        assert_eq!(lay("good").await, 1);
+        assert!(board.snapshot().problems.contains_key(SERVICES[0].unit));
+        assert_eq!(lay("good").await, 0);
+        assert!(!board.snapshot().problems.contains_key(SERVICES[0].unit));
+        assert_eq!(lay("good").await, 0);
+    }
+
+    #[tokio::test]
+    async fn a_file_that_cannot_be_written_does_not_keep_others_back() {
+        let root = tempfile::tempdir().unwrap();
+        let (places, board) = (Places::under(root.path()), Board::default());
+        let mut applied = Applied::default();
+        // A file where a folder should be.
+        std::fs::write(root.path().join("srv"), "").unwrap();
+        let mut files = rendered("good");
+        files.insert(0, Rendered { target: "/srv/y/z".into(), ..rendered("y").remove(0) });
+        let tell = async |_: &Service| Ok(Told::Done);
+        let changed = apply(&places, &board, &SERVICES, &mut applied, files, tell).await.unwrap();
+        assert_eq!(changed, ["/etc/x/main"]);
+        assert!(board.snapshot().problems["/srv/y/z"].contains("could not be written"));
     }
 }

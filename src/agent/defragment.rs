@@ -150,35 +150,5 @@ fn describe(status: MemberStatus) -> Member {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn member(id: u64, megabytes: u64, in_use: u64) -> Member {
-        let (size, in_use) = (megabytes << 20, in_use << 20);
-        Member { id, is_leader: id == 1, learner: false, size, in_use }
-    }
-
-    #[test]
-    fn one_member_at_a_time_and_the_leader_last() {
-        let mut members = vec![member(1, 300, 10), member(2, 200, 10), member(3, 200, 10)];
-        let turns = |members: &[Member]| [1, 2, 3].map(|own| choose_turn(own, members, 3));
-        assert_eq!(turns(&members), [Turn::Nothing, Turn::Own, Turn::Nothing]);
-        members[1].size = members[1].in_use;
-        assert_eq!(turns(&members), [Turn::Nothing, Turn::Nothing, Turn::Own]);
-        members[2].size = members[2].in_use;
-        assert_eq!(turns(&members), [Turn::HandOver(2), Turn::Nothing, Turn::Nothing]);
-    }
-
-    #[test]
-    fn small_full_and_incomplete_clusters_are_left_alone() {
-        let small = [member(1, 20, 1), member(2, 20, 1), member(3, 20, 1)];
-        let full = [member(1, 300, 290), member(2, 300, 290), member(3, 300, 290)];
-        let silent = [member(1, 300, 10), member(2, 300, 10)];
-        let mut learning = [member(1, 300, 10), member(2, 300, 10), member(3, 300, 10)];
-        learning[2].learner = true;
-        for members in [&small[..], &full, &silent, &learning] {
-            assert_eq!(choose_turn(2, members, 3), Turn::Nothing, "{members:?}");
-        }
-        assert_eq!(choose_turn(1, &[member(1, 300, 10)], 1), Turn::Own);
-    }
-}
+#[path = "defragment/tests.rs"]
+mod tests;

@@ -165,3 +165,7 @@ fn check(seen: &Observed) -> Result<Decision, String> {
 #[cfg(test)]
 #[path = "failover/tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "failover/model.rs"]
+mod model;

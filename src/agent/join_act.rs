@@ -201,7 +201,8 @@ async fn observe(node: &Node) -> Result<Observed> {
     })
 }
 
-async fn ask_agent(http: &reqwest::Client, peer: &Entry) -> Peer {
+/// What a peer's agent answers on `/bootstrap`.
+pub async fn ask_agent(http: &reqwest::Client, peer: &Entry) -> Peer {
     let ask = async {
         let url = format!("https://{}:7443/bootstrap", peer.address);
         let request = http.get(url).timeout(Duration::from_secs(2));

@@ -4,6 +4,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 
+use super::backup::{keep_backups, withhold};
 use super::board::{CLOCK, log};
 use super::cache_start::{choose_master, set_master};
 use super::checks;
@@ -11,6 +12,7 @@ use super::defragment::Defragmenter;
 use super::files::read_bounded;
 use super::node::{Node, lock};
 use super::observe::{Observer, Shared, keep_registration};
+use super::operate::{Desk, end_in_time};
 use super::patroni;
 use super::render::{NodeView, merge_nodes};
 use super::roles::web;
@@ -100,6 +102,8 @@ async fn register(node: &mut Node) -> Result<Verdict> {
         tokio::spawn(Watcher::new(node, shared.lease).run());
         tokio::spawn(Defragmenter::new(node).run());
         tokio::spawn(drop_lost_slots(node.board.clone(), list_owners(node)));
+        tokio::spawn(keep_backups(Desk::of(node)));
+        tokio::spawn(end_in_time(Desk::of(node)));
     }
     Ok(Verdict::Done)
 }
@@ -150,6 +154,8 @@ async fn start_role(node: &mut Node, role: Role) -> Result<Verdict> {
     }
     node.applied.forget_refusals();
     node.lay_files().await?;
+    // What the first rendering laid over the units counts before they start.
+    reload_daemon().await?;
     let units = node.list_units(&[role]);
     start_units(node, &units).await
 }
@@ -165,6 +171,12 @@ async fn start_units(node: &mut Node, units: &[&'static str]) -> Result<Verdict>
         let service = node.services.iter().find(|service| service.unit == *unit);
         if let Some(file) = service.and_then(|service| node.applied.find_obstacle(service)) {
             obstacles.push(format!("{unit} waits: {file} was refused"));
+            continue;
+        }
+        if *unit == "patroni.service"
+            && let Some(reason) = withhold(node).await?
+        {
+            obstacles.push(format!("{unit} waits: {reason}"));
             continue;
         }
         match query_unit(unit).await? {
@@ -219,6 +231,7 @@ async fn catch_up(node: &mut Node) -> Result<()> {
     }
     check_clock_again(node).await;
     tell_expiry(node)?;
+    tell_watchdog(node);
     // What could not start for a file that was refused may do so now.
     rest_worker(node).await?;
     let units = node.list_wanted();
@@ -246,6 +259,19 @@ fn tell_expiry(node: &Node) -> Result<()> {
         node.board.warn(THING, format!("this node's certificate expires in {days} days: {help}"));
     }
     Ok(())
+}
+
+/// Patroni takes a watchdog where there is one. Without it, only the other nodes notice that
+/// Patroni stands still beside a PostgreSQL that goes on.
+fn tell_watchdog(node: &Node) {
+    const THING: &str = "watchdog";
+    if node.places.join("/dev/watchdog").exists() || !node.has(Role::Db) {
+        node.board.forget_warning(THING);
+    } else {
+        let text = "this machine has none: nothing restarts it should Patroni stand still while \
+                    it leads; give it one, such as QEMU's i6300esb";
+        node.board.warn(THING, text.to_string());
+    }
 }
 
 /// A clock that was not right when the node started may be so by now.

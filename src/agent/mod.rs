@@ -6,6 +6,7 @@
 
 pub mod apply;
 pub mod ask;
+pub mod backup;
 pub mod board;
 pub mod bootstrap;
 pub mod cache_start;
@@ -20,11 +21,14 @@ pub mod join_act;
 pub mod main_phase;
 pub mod node;
 pub mod observe;
+pub mod operate;
+pub mod page;
 pub mod patroni;
 pub mod pause;
 pub mod places;
 pub mod postgres_tls;
 pub mod pre_start;
+pub mod psql;
 pub mod ready;
 pub mod redis;
 pub mod registry;

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use reqwest::Client;
 
-use super::apply::{Applied, apply};
+use super::apply::{Applied, apply, tell_service};
 use super::board::Board;
 use super::etcd::Etcd;
 use super::find_seed::read_memory;
@@ -134,7 +134,8 @@ impl Node {
                 self.board.raise("templates", format!("{first}{rest}"));
             }
         }
-        apply(&self.places, &self.board, &self.services, &mut self.applied, files).await
+        let (services, applied) = (&self.services, &mut self.applied);
+        apply(&self.places, &self.board, services, applied, files, tell_service).await
     }
 
     /// A client of one node's etcd alone.

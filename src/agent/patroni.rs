@@ -1,12 +1,12 @@
 //! Patroni's REST interface, and whether a PostgreSQL answers at all.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use reqwest::Client;
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -14,6 +14,7 @@ use super::etcd::describe_transport;
 use crate::secrets::Secret;
 
 const PORT: u16 = 8008;
+const POSTGRES: u16 = 5432;
 /// A node that does not answer for so long counts as silent this time.
 const PROBE: Duration = Duration::from_secs(1);
 const MAX_ANSWER: usize = 256 << 10;
@@ -103,6 +104,49 @@ pub async fn reconcile(
     Ok(names)
 }
 
+/// Ask the leader's Patroni to hand over; it answers when it is done.
+pub async fn switch_over(
+    http: &Client,
+    leader: Ipv4Addr,
+    secret: &Secret,
+    from: &str,
+    to: &str,
+    limit: Duration,
+) -> Result<()> {
+    let body = json!({"leader": from, "candidate": to});
+    post(http, leader, secret, "switchover", &body, limit).await
+}
+
+/// Ask a replica's Patroni to delete its data and copy the leader's.
+pub async fn reinitialize(http: &Client, address: Ipv4Addr, secret: &Secret) -> Result<()> {
+    let body = json!({"force": true});
+    post(http, address, secret, "reinitialize", &body, Duration::from_secs(60)).await
+}
+
+async fn post(
+    http: &Client,
+    address: Ipv4Addr,
+    secret: &Secret,
+    path: &str,
+    body: &Value,
+    limit: Duration,
+) -> Result<()> {
+    let request = http
+        .post(format!("https://{address}:{PORT}/{path}"))
+        .basic_auth("patroni", Some(secret.reveal()))
+        .timeout(limit)
+        .header("content-type", "application/json")
+        .body(body.to_string());
+    let response =
+        request.send().await.map_err(|error| anyhow::anyhow!(describe_transport(&error)))?;
+    let status = response.status();
+    if status.is_success() {
+        return Ok(());
+    }
+    let said = response.text().await.unwrap_or_default();
+    bail!("Patroni answers {status}: {}", said.chars().take(300).collect::<String>());
+}
+
 /// What of `wanted` is not in `present`, to be sent as a patch.
 fn find_difference(present: &Value, wanted: &Value) -> Map<String, Value> {
     let mut difference = Map::new();
@@ -155,7 +199,9 @@ pub async fn is_reachable(http: &Client, address: Ipv4Addr) -> bool {
         // Patroni's answer comes first where there is one; PostgreSQL logs such visits.
         tokio::time::sleep(PROBE / 4).await;
         let left = PROBE - PROBE / 4;
-        tokio::time::timeout(left, knock(address)).await.is_ok_and(|knocked| knocked.is_ok())
+        tokio::time::timeout(left, knock((address, POSTGRES).into()))
+            .await
+            .is_ok_and(|knocked| knocked.is_ok())
     };
     tokio::pin!(patroni, postgres);
     tokio::select! {
@@ -165,8 +211,8 @@ pub async fn is_reachable(http: &Client, address: Ipv4Addr) -> bool {
 }
 
 /// PostgreSQL's request for TLS, which it answers with one byte.
-async fn knock(address: Ipv4Addr) -> Result<()> {
-    let mut stream = TcpStream::connect((address, 5432)).await?;
+async fn knock(address: SocketAddr) -> Result<()> {
+    let mut stream = TcpStream::connect(address).await?;
     stream.write_all(&[0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f]).await?;
     match stream.read_u8().await? {
         b'S' | b'N' | b'E' => Ok(()),
@@ -177,7 +223,6 @@ async fn knock(address: Ipv4Addr) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn only_settings_that_differ_are_sent() {
@@ -207,12 +252,42 @@ mod tests {
         assert!(!view.pause);
     }
 
+    /// What `knock` finds behind a port that answers so; nothing: it stays silent.
+    async fn knock_at(answer: Option<&'static [u8]>) -> Result<()> {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+        let address = listener.local_addr()?;
+        let serve = async {
+            let (mut stream, _) = listener.accept().await?;
+            let mut request = [0; 8];
+            stream.read_exact(&mut request).await?;
+            assert_eq!(request, [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f]);
+            match answer {
+                Some(bytes) => stream.write_all(bytes).await?,
+                None => std::future::pending().await,
+            }
+            anyhow::Ok(())
+        };
+        let knocked = tokio::time::timeout(Duration::from_millis(200), knock(address));
+        tokio::select! {
+            // It ends only by what it says.
+            Ok(()) = async { serve.await?; std::future::pending::<Result<()>>().await } => Ok(()),
+            knocked = knocked => knocked.context("no answer in time")?,
+        }
+    }
+
     #[tokio::test]
-    async fn a_port_that_accepts_and_says_nothing_is_not_reachable() {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        stream.write_all(&[0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f]).await.unwrap();
-        let read = tokio::time::timeout(Duration::from_millis(50), stream.read_u8()).await;
-        assert!(read.is_err());
+    async fn a_postgresql_is_there_when_it_answers_and_not_when_its_port_is_open() {
+        // With TLS, without, and one that is full.
+        for answer in [b"S", b"N", b"E"] {
+            knock_at(Some(answer)).await.unwrap();
+        }
+        assert!(knock_at(None).await.unwrap_err().to_string().contains("in time"));
+        let error = knock_at(Some(b"HTTP/1.1 400")).await.unwrap_err();
+        assert!(error.to_string().contains("no PostgreSQL"), "{error}");
+        assert!(knock_at(Some(b"")).await.is_err());
+        let closed = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = closed.local_addr().unwrap();
+        drop(closed);
+        assert!(knock(address).await.is_err());
     }
 }

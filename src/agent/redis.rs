@@ -54,7 +54,6 @@ pub struct SentinelView {
     pub master: Ipv4Addr,
     /// Other Sentinels that it knows of.
     pub others: u64,
-    pub replicas: u64,
     /// `master`, or with `s_down`, `o_down` and the like.
     pub flags: String,
 }
@@ -67,7 +66,6 @@ pub struct RedisView {
     pub link_up: bool,
     /// It is taking over the master's data.
     pub syncing: bool,
-    pub replicas: u64,
 }
 
 /// Ask a Sentinel for the one master it watches.
@@ -81,7 +79,6 @@ pub async fn ask_sentinel(tls: &Tls, address: Ipv4Addr, secret: &Secret) -> Resu
             .and_then(|text| text.parse().ok())
             .context("the Sentinel names no address")?,
         others: number("num-other-sentinels"),
-        replicas: number("num-slaves"),
         flags: master.find("flags").unwrap_or("").to_string(),
     })
 }
@@ -101,7 +98,6 @@ fn read_replication(text: &str) -> RedisView {
         master: find("master_host").and_then(|host| host.parse().ok()),
         link_up: find("master_link_status") == Some("up"),
         syncing: find("master_sync_in_progress") == Some("1"),
-        replicas: find("connected_slaves").and_then(|text| text.parse().ok()).unwrap_or(0),
     }
 }
 

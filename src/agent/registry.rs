@@ -6,6 +6,8 @@
 //! /stanchion/<cluster>/pulse/<name>    under a lease of 2 s: the agent lives; written anew
 //!                                      at every beat while its node is PostgreSQL's leader
 //! /stanchion/<cluster>/secrets/<name>  keyed fingerprint of a secret
+//! /stanchion/<cluster>/maintenance     users are asked to wait (operate/maintenance.rs)
+//! /stanchion/<cluster>/restore/record  how far a restore is (backup/restore.rs)
 //! /stanchion/<cluster>/locks/<name>    work that one node does at a time
 //! /stanchion/<cluster>/site/<name>     what the edges show users, sealed
 //! /stanchion/<cluster>/maintenance     users are asked to wait: since when, and why

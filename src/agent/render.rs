@@ -115,6 +115,7 @@ impl Facts {
                 "ntp": cluster.ntp,
                 "single": cluster.is_single(),
                 "storage": cluster.storage,
+                "backup": cluster.backup,
             },
             "nodes": self.nodes,
             "db_nodes": with(Role::Db),
@@ -211,6 +212,16 @@ fn render_one(source: &Path, target: &Path, context: &Value) -> Result<Rendered>
     };
     let owner = rustix::process::geteuid().is_root().then_some((meta.uid(), meta.gid()));
     Ok(Rendered { target, bytes, access: Access { mode: meta.mode() & 0o7777, owner } })
+}
+
+/// Where the layers' files go on the node, absolute, sorted.
+pub fn list_targets(places: &Places) -> Result<Vec<PathBuf>> {
+    let strip = |target: PathBuf| match target.extension().is_some_and(|end| end == "j2") {
+        true => target.with_extension(""),
+        false => target,
+    };
+    let sources = list_sources(&places.templates())?;
+    Ok(sources.into_iter().map(|(_, target)| strip(target)).collect())
 }
 
 /// Each file below `folder/<layer>/` with its absolute target, sorted.

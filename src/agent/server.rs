@@ -4,14 +4,17 @@
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use axum::Router;
-use axum::extract::{Path, State};
+use axum::body::Bytes;
+use axum::extract::connect_info::Connected;
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
+use axum::serve::IncomingStream;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -23,12 +26,16 @@ use tokio_rustls::server::TlsStream;
 use super::board::{Board, Status, StepOutcome, log};
 use super::join_act::answer_bootstrap;
 use super::node::Node;
+use super::operate::{Desk, Jobs, is_verb, run_verb};
+use super::page::{POLICY, write_page};
 use super::places::Places;
 use super::registry::{Registration, Registry};
 use super::render::make_plan;
 use super::site::Site;
+use super::table::{Answer, make_table};
 use super::web::health::{self, Health};
 use crate::error::UserError;
+use crate::pki::Certificate;
 
 pub const PORT: u16 = 7443;
 pub const HEALTH_PORT: u16 = 7080;
@@ -39,6 +46,10 @@ const HANDSHAKE: Duration = Duration::from_secs(5);
 pub const STATUS: &str = "status";
 pub const RENEW: &str = "renew-certificate";
 const MAX_RELAYED: usize = 8 << 20;
+/// Of what comes with a verb.
+const MAX_WISH: usize = 64 << 10;
+/// A question for a job's progress is answered by then, with whatever there is.
+const LONG_ANSWER: Duration = Duration::from_secs(5);
 
 #[derive(Clone)]
 struct Answers {
@@ -50,6 +61,9 @@ struct Answers {
     domain: Arc<str>,
     node: Arc<str>,
     plan: Arc<str>,
+    desk: Desk,
+    jobs: Jobs,
+    vip: Option<Ipv4Addr>,
 }
 
 /// What `status` shows: this node in detail, the others as they registered.
@@ -71,15 +85,22 @@ pub async fn serve(node: &Node) -> Result<()> {
         domain: node.seed.cluster.domain.as_str().into(),
         node: node.entry.name.as_str().into(),
         plan: make_plan(&node.seed).into(),
+        desk: Desk::of(node),
+        jobs: Jobs::default(),
+        vip: node.seed.cluster.vip,
     };
+    let ca = Certificate::read(&node.seed.ca).context("reading the cluster's CA")?;
     let health =
         Router::new().route("/healthz", get(tell_health)).route("/readyz", get(tell_ready));
     let all = health
         .clone()
+        .route("/", get(show_page))
         .route("/status", get(tell_status))
         .route("/bootstrap", get(tell_bootstrap))
         .route("/metrics", get(tell_metrics))
         .route("/metrics/{exporter}", get(relay_metrics))
+        .route("/operate/{verb}", post(start_verb).layer(DefaultBodyLimit::max(MAX_WISH)))
+        .route("/operate/job/{job}/{after}", get(follow_job))
         .with_state(answers.clone());
     let address = SocketAddr::from((node.entry.address, PORT));
     let listener =
@@ -93,19 +114,45 @@ pub async fn serve(node: &Node) -> Result<()> {
         // A node does without; whoever asks there finds out.
         Err(error) => node.board.raise("health", format!("listening on {loopback}: {error}")),
     }
-    let secure = accept_secure(listener, TlsAcceptor::from(node.tls.server.clone()));
+    let secure = accept_secure(listener, TlsAcceptor::from(node.tls.server.clone()), ca);
+    let all = all.into_make_service_with_connect_info::<Peer>();
     tokio::spawn(async move { axum::serve(secure, all).await });
     Ok(())
 }
 
+/// Who is at the other end, by the certificate that was shown.
+#[derive(Debug, Clone)]
+struct Peer {
+    name: String,
+    address: SocketAddr,
+    is_operator: bool,
+}
+
+impl Peer {
+    fn read(stream: &TlsStream<TcpStream>, address: SocketAddr, ca: &Certificate) -> Self {
+        let shown = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+        match shown.and_then(|shown| Certificate::read_der(shown).ok()) {
+            Some(shown) => Peer { is_operator: shown.is_operator(ca), name: shown.name, address },
+            None => Peer { name: String::new(), address, is_operator: false },
+        }
+    }
+}
+
+impl Connected<IncomingStream<'_, Secure>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, Secure>) -> Self {
+        stream.remote_addr().clone()
+    }
+}
+
 /// Connections whose handshake is done; a slow or wrong peer holds up nobody.
 struct Secure {
-    ready: mpsc::Receiver<(TlsStream<TcpStream>, SocketAddr)>,
+    ready: mpsc::Receiver<(TlsStream<TcpStream>, Peer)>,
     local: SocketAddr,
 }
 
-fn accept_secure(listener: TcpListener, acceptor: TlsAcceptor) -> Secure {
+fn accept_secure(listener: TcpListener, acceptor: TlsAcceptor, ca: Certificate) -> Secure {
     let local = listener.local_addr().unwrap_or(SocketAddr::from(([0, 0, 0, 0], PORT)));
+    let ca = Arc::new(ca);
     let (sender, ready) = mpsc::channel(16);
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     tokio::spawn(async move {
@@ -119,10 +166,13 @@ fn accept_secure(listener: TcpListener, acceptor: TlsAcceptor) -> Secure {
                     continue;
                 }
             };
-            let (acceptor, sender) = (acceptor.clone(), sender.clone());
+            let (acceptor, sender, ca) = (acceptor.clone(), sender.clone(), ca.clone());
             tokio::spawn(async move {
                 match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
-                    Ok(Ok(stream)) => drop(sender.send((stream, peer)).await),
+                    Ok(Ok(stream)) => {
+                        let peer = Peer::read(&stream, peer, &ca);
+                        drop(sender.send((stream, peer)).await);
+                    }
                     Ok(Err(error)) => log(&format!("refused {}: {error}", peer.ip())),
                     Err(_) => log(&format!("refused {}: no handshake", peer.ip())),
                 }
@@ -135,7 +185,7 @@ fn accept_secure(listener: TcpListener, acceptor: TlsAcceptor) -> Secure {
 
 impl axum::serve::Listener for Secure {
     type Io = TlsStream<TcpStream>;
-    type Addr = SocketAddr;
+    type Addr = Peer;
 
     async fn accept(&mut self) -> (Self::Io, Self::Addr) {
         match self.ready.recv().await {
@@ -146,7 +196,7 @@ impl axum::serve::Listener for Secure {
     }
 
     fn local_addr(&self) -> io::Result<Self::Addr> {
-        Ok(self.local)
+        Ok(Peer { name: String::new(), address: self.local, is_operator: false })
     }
 }
 
@@ -176,7 +226,29 @@ async fn tell_status(State(answers): State<Answers>) -> Json<Page> {
     Json(make_page(&answers.board, Some(&answers.registry)))
 }
 
-fn make_page(board: &Board, registry: Option<&Registry>) -> Page {
+/// The cluster at a glance, for a browser.
+async fn show_page(State(answers): State<Answers>) -> Response {
+    let page = make_page(&answers.board, Some(&answers.registry));
+    let (cluster, members) = (page.status.cluster.clone(), page.status.members.clone());
+    let asked = [(answers.node.to_string(), Answer::Page(Box::new(page)))].into();
+    let table = make_table(&cluster, &members, &asked);
+    let vip = answers.vip.map(|vip| vip.to_string());
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let headers = [
+        (header::CONTENT_TYPE, "text/html; charset=utf-8"),
+        (header::CONTENT_SECURITY_POLICY, POLICY),
+        (header::CACHE_CONTROL, "no-store"),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+    ];
+    match write_page(&table, vip.as_deref(), &answers.node, now) {
+        Ok(text) => (headers, text).into_response(),
+        Err(error) => fail(&error),
+    }
+}
+
+/// What the agent shows of itself and of the others.
+pub fn make_page(board: &Board, registry: Option<&Registry>) -> Page {
     let nodes = registry.map(|registry| registry.list_nodes().into_values().collect());
     Page { status: board.snapshot(), nodes: nodes.unwrap_or_default() }
 }
@@ -185,6 +257,62 @@ async fn tell_bootstrap(State(answers): State<Answers>) -> Response {
     match answer_bootstrap(&answers.places, &answers.node, &answers.plan) {
         Ok(answer) => Json(answer).into_response(),
         Err(error) => fail(&error),
+    }
+}
+
+/// Verbs are for the operator alone; a node that asks is told of in the journal.
+fn expect_operator(peer: &Peer, what: &str) -> Option<Response> {
+    if peer.is_operator {
+        return None;
+    }
+    let name: String = peer.name.escape_debug().take(63).collect();
+    log(&format!("operator: refused {what} to {name} at {}", peer.address.ip()));
+    let body = Json(json!({"error": "this is for the operator's certificate only"}));
+    Some((StatusCode::FORBIDDEN, body).into_response())
+}
+
+async fn start_verb(
+    State(answers): State<Answers>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Path(verb): Path<String>,
+    body: Bytes,
+) -> Response {
+    let shown: String = verb.escape_debug().take(63).collect();
+    if let Some(refusal) = expect_operator(&peer, &shown) {
+        return refusal;
+    }
+    if !is_verb(&verb) {
+        let body = Json(json!({"error": "this agent does not know the verb"}));
+        return (StatusCode::NOT_FOUND, body).into_response();
+    }
+    let wish: Value = match serde_json::from_slice(&body) {
+        Ok(wish) => wish,
+        Err(_) => {
+            let body = Json(json!({"error": "what comes with a verb is JSON"}));
+            return (StatusCode::BAD_REQUEST, body).into_response();
+        }
+    };
+    log(&format!("operator: {verb}, asked from {}", peer.address.ip()));
+    let (desk, name) = (answers.desk.clone(), verb.clone());
+    let started =
+        answers.jobs.start(&verb, move |say| async move { run_verb(desk, &name, wish, say).await });
+    match started {
+        Ok(job) => (StatusCode::ACCEPTED, Json(json!({"job": job}))).into_response(),
+        Err(error) => fail(&error),
+    }
+}
+
+async fn follow_job(
+    State(answers): State<Answers>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Path((job, after)): Path<(String, usize)>,
+) -> Response {
+    if let Some(refusal) = expect_operator(&peer, "a job's progress") {
+        return refusal;
+    }
+    match answers.jobs.follow(&job, after, LONG_ANSWER).await {
+        Some(progress) => Json(progress).into_response(),
+        None => (StatusCode::NOT_FOUND, Json(json!({"error": "no such job"}))).into_response(),
     }
 }
 

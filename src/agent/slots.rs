@@ -4,11 +4,9 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anyhow::Result;
-
 use super::board::{Board, log};
 use super::node::Node;
-use super::systemd::run_program;
+use super::psql::{SOCKET, run_psql};
 use crate::config::cluster::Role;
 
 const PAUSE: Duration = Duration::from_secs(60);
@@ -49,7 +47,7 @@ pub async fn drop_lost_slots(board: Board, nodes: BTreeSet<String>) {
     loop {
         tokio::time::sleep(PAUSE).await;
         // A PostgreSQL that does not answer is told by readiness.
-        if let Ok(text) = run_psql(LIST).await {
+        if let Ok(text) = run_psql(SOCKET, LIST).await {
             let lost = read_slots(&text);
             let (drop, tell) = choose_slots(&lost, &nodes);
             for name in drop {
@@ -81,19 +79,10 @@ async fn drop_slot(name: &str) {
         "select pg_drop_replication_slot(slot_name) from pg_replication_slots \
          where slot_name = '{name}' and wal_status = 'lost' and not active"
     );
-    match run_psql(&statement).await {
+    match run_psql(SOCKET, &statement).await {
         Ok(_) => log(&format!("postgres: dropped the slot {name}, whose log was gone")),
         Err(error) => log(&format!("postgres: dropping the slot {name}: {error:#}")),
     }
-}
-
-/// As `postgres`, by the local socket.
-async fn run_psql(statement: &str) -> Result<String> {
-    let fixed = ["psql", "--no-psqlrc", "--no-password", "--quiet", "--tuples-only", "--no-align"];
-    let place = ["--host=/run/postgresql", "--username=postgres", "--dbname=postgres"];
-    let command = format!("--command={statement}");
-    let words: Vec<&str> = fixed.into_iter().chain(place).chain([command.as_str()]).collect();
-    run_program(&words).await
 }
 
 fn read_slots(text: &str) -> Vec<Slot> {

@@ -48,13 +48,14 @@ pub async fn stop_unit_later(unit: &str) -> Result<()> {
     run_systemctl(&["stop", "--no-block", unit]).await.map(drop)
 }
 
+/// Restart a unit, and wait until it is up.
 pub async fn restart_unit(unit: &str) -> Result<()> {
-    run_systemctl(&["restart", "--no-block", unit]).await.map(drop)
+    run_systemctl(&["restart", unit]).await.map(drop)
 }
 
-/// Let a unit read its files again, or restart it if it cannot.
+/// Let a unit read its files again, or restart it if it cannot, and wait until it has.
 pub async fn reload_unit(unit: &str) -> Result<()> {
-    run_systemctl(&["reload-or-restart", "--no-block", unit]).await.map(drop)
+    run_systemctl(&["reload-or-restart", unit]).await.map(drop)
 }
 
 /// Forget that a unit failed, so that it can be started again at once.

@@ -159,30 +159,55 @@ fn make_row(node: &Node, registered: Option<&Registration>, answer: Option<&Answ
     row
 }
 
+/// What [`list_cells`] lists.
+pub const TITLES: [&str; 12] = [
+    "node",
+    "zone",
+    "roles",
+    "phase",
+    "ready",
+    "etcd",
+    "PostgreSQL",
+    "lag",
+    "Redis",
+    "NetBox",
+    "VIP",
+    "version",
+];
+
+/// Something that is wrong or poor, and the nodes that say so.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Remark {
+    pub text: String,
+    pub nodes: Vec<String>,
+}
+
+/// Why nodes are not ready, each reason once.
+pub fn list_problems(table: &Table) -> Vec<Remark> {
+    gather_remarks(table, |row| row.reasons.clone())
+}
+
+/// What is poor and keeps nobody from anything, each once.
+pub fn list_warnings(table: &Table) -> Vec<Remark> {
+    gather_remarks(table, |row| {
+        row.warnings.iter().map(|(thing, warning)| format!("{thing}: {warning}")).collect()
+    })
+}
+
+/// How many nodes are ready, on one line.
+pub fn count_ready(table: &Table) -> String {
+    let count = table.nodes.iter().filter(|row| row.ready).count();
+    format!("{count} of {} nodes are ready", table.nodes.len())
+}
+
 /// The table as text: a line for each node, then in words what is wrong and with whom.
 pub fn show_table(table: &Table) -> String {
-    let head = [
-        "node",
-        "zone",
-        "roles",
-        "phase",
-        "ready",
-        "etcd",
-        "PostgreSQL",
-        "lag",
-        "Redis",
-        "NetBox",
-        "VIP",
-    ];
-    let mut lines = vec![head.map(str::to_string).to_vec()];
-    lines[0].push("version".to_string());
+    let mut lines = vec![TITLES.map(str::to_string).to_vec()];
     lines.extend(table.nodes.iter().map(list_cells));
     let width =
         |column: usize| lines.iter().map(|cells| cells[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..lines[0].len()).map(width).collect();
-    let count = table.nodes.iter().filter(|row| row.ready).count();
-    let mut text =
-        format!("{}: {count} of {} nodes are ready\n\n", clean(&table.cluster), table.nodes.len());
+    let mut text = format!("{}: {}\n\n", clean(&table.cluster), count_ready(table));
     for cells in &lines {
         let padded: Vec<String> =
             cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
@@ -192,14 +217,13 @@ pub fn show_table(table: &Table) -> String {
     if table.single {
         text += "\nTHIS IS A CLUSTER OF ONE NODE, FOR DEVELOPMENT: NOT HIGHLY AVAILABLE\n";
     }
-    text += &show_remarks("not ready", table, |row| row.reasons.clone());
-    text += &show_remarks("warnings", table, |row| {
-        row.warnings.iter().map(|(thing, warning)| format!("{thing}: {warning}")).collect()
-    });
+    text += &show_remarks("not ready", &list_problems(table));
+    text += &show_remarks("warnings", &list_warnings(table));
     text
 }
 
-fn list_cells(row: &Row) -> Vec<String> {
+/// What a table shows of a node, in the order of [`TITLES`]; `-` for nothing.
+pub fn list_cells(row: &Row) -> Vec<String> {
     let roles: Vec<&str> = row.roles.iter().map(|role| role.name()).collect();
     let phase = match (&row.silent, row.phase) {
         (Some(_), _) => "no answer",
@@ -225,24 +249,28 @@ fn list_cells(row: &Row) -> Vec<String> {
     cells.into_iter().map(show).collect()
 }
 
-/// What was said, each remark once, with the names of those that say it.
-fn show_remarks(title: &str, table: &Table, list: impl Fn(&Row) -> Vec<String>) -> String {
-    let mut remarks: Vec<(String, Vec<&str>)> = Vec::new();
+fn gather_remarks(table: &Table, list: impl Fn(&Row) -> Vec<String>) -> Vec<Remark> {
+    let mut remarks: Vec<Remark> = Vec::new();
     for row in &table.nodes {
-        for remark in list(row) {
-            match remarks.iter_mut().find(|(known, _)| *known == remark) {
-                Some((_, names)) => names.push(&row.name),
-                None => remarks.push((remark, vec![&row.name])),
+        for said in list(row) {
+            let text = clean(&said);
+            match remarks.iter_mut().find(|known| known.text == text) {
+                Some(known) => known.nodes.push(clean(&row.name)),
+                None => remarks.push(Remark { text, nodes: vec![clean(&row.name)] }),
             }
         }
     }
+    remarks
+}
+
+fn show_remarks(title: &str, remarks: &[Remark]) -> String {
     let mut text = String::new();
-    for (remark, names) in remarks {
+    for remark in remarks {
         if text.is_empty() {
             text = format!("\n{title}:\n");
         }
-        let remark = clean(&remark).replace('\n', "\n    ");
-        text += &format!("  {}: {remark}\n", clean(&names.join(", ")));
+        let said = remark.text.replace('\n', "\n    ");
+        text += &format!("  {}: {said}\n", remark.nodes.join(", "));
     }
     text
 }

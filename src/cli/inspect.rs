@@ -1,14 +1,16 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
 use super::Context;
 use crate::error::UserError;
 use crate::lock::Lock;
-use crate::output::inspect::{self, Report, Unpacker};
+use crate::output::inspect;
+use crate::output::raw_image::{Unpacker, needs_unpacker};
 use crate::pipeline::{self, FetchOptions, Source};
 use crate::progress::print_line;
-use crate::tools::set;
+use crate::store::Scratch;
+use crate::tools::{Tools, set};
 
 /// Show what an image is, from the image itself
 #[derive(Debug, clap::Args)]
@@ -20,8 +22,12 @@ pub struct Args {
 }
 
 pub fn run(context: &Context, args: Args) -> Result<()> {
-    let report = match inspect::needs_unpacker(&args.image)? {
-        true => unpack_and_inspect(context, &args.image)?,
+    let report = match needs_unpacker(&args.image)? {
+        true => {
+            let Toolbox { tools, scratch } = open_toolbox(context, &args.image)?;
+            let unpacker = Unpacker { tools: &tools, folder: scratch.path() };
+            inspect::inspect(&args.image, Some(unpacker))?
+        }
         false => inspect::inspect(&args.image, None)?,
     };
     match context.json {
@@ -37,7 +43,14 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
     }
 }
 
-fn unpack_and_inspect(context: &Context, image: &std::path::Path) -> Result<Report> {
+/// What unpacks images, and room for it.
+pub struct Toolbox {
+    pub tools: Tools,
+    pub scratch: Scratch,
+}
+
+/// The tools that the project's lock names, for an image that has to be unpacked.
+pub fn open_toolbox(context: &Context, image: &Path) -> Result<Toolbox> {
     let missing = |why: String| {
         UserError::new("the tools that unpack this image are not known here")
             .in_file(image)
@@ -54,5 +67,5 @@ fn unpack_and_inspect(context: &Context, image: &std::path::Path) -> Result<Repo
     let source = Source::open(&FetchOptions::default(), &context.progress)?;
     let tools = pipeline::provide_tools(&source, &lock, set::BUILD)?;
     let scratch = source.store.make_scratch("inspect")?;
-    inspect::inspect(image, Some(Unpacker { tools: &tools, folder: scratch.path() }))
+    Ok(Toolbox { tools, scratch })
 }

@@ -122,6 +122,9 @@ struct Up {
     /// Where the images are
     #[arg(long, value_name = "DIR", default_value = "out")]
     out: PathBuf,
+    /// Give the nodes a shared directory, and let them make backups there
+    #[arg(long)]
+    backups: bool,
     #[command(flatten)]
     fetch: FetchArgs,
 }
@@ -171,7 +174,10 @@ fn up(context: &Context, places: &Places, args: Up) -> Result<()> {
     let profile = project.load_profile(&args.profile)?;
     let network: Ipv4Network = NETWORK.parse().map_err(anyhow::Error::msg)?;
     let roles = profile.roles();
-    let cluster = lab::plan_cluster(name, network, args.nodes, &args.profile, &roles)?;
+    let mut cluster = lab::plan_cluster(name, network, args.nodes, &args.profile, &roles)?;
+    if args.backups {
+        cluster.backup = Some(lab::plan_backup());
+    }
     let options = pipeline::BuildOptions {
         out: args.out.clone(),
         formats: vec![Format::Raw],

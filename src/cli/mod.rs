@@ -1,16 +1,26 @@
 //! The command line: clap's types, and one function for each verb.
 
 mod agent;
+mod backup;
 mod build;
 mod cluster;
+mod diff;
 mod doctor;
 mod inspect;
 mod lab;
 mod lock;
+mod maintenance;
+mod node;
+mod operate;
 mod profile;
+mod renew;
+mod restore;
 mod seed;
 mod status;
 mod store;
+mod support_bundle;
+mod switchover;
+mod why;
 
 use std::ffi::OsStr;
 use std::io::Write;
@@ -52,10 +62,19 @@ enum Verb {
     Build(build::Args),
     Lock(lock::Args),
     Inspect(inspect::Args),
+    Diff(diff::Args),
     Profile(profile::Args),
+    Why(why::Args),
     Cluster(cluster::Args),
     Seed(seed::Args),
     Status(status::Args),
+    Switchover(switchover::Args),
+    RenewCertificate(renew::Args),
+    Backup(backup::Args),
+    Restore(restore::Args),
+    Maintenance(maintenance::Args),
+    Node(node::Args),
+    SupportBundle(support_bundle::Args),
     Doctor(doctor::Args),
     Lab(lab::Args),
     Store(store::Args),
@@ -126,13 +145,22 @@ pub fn run() -> ExitCode {
         Verb::Build(args) => build::run(&context, args),
         Verb::Lock(args) => lock::run(&context, args),
         Verb::Inspect(args) => inspect::run(&context, args),
+        Verb::Diff(args) => diff::run(&context, args),
         Verb::Profile(args) => profile::run(&context, args),
+        Verb::Why(args) => why::run(&context, args),
         Verb::Cluster(args) => cluster::run(&context, args),
         Verb::Seed(args) => seed::run(&context, args),
         Verb::Status(args) => match status::run(&context, args) {
             Ok(code) => return code,
             Err(error) => Err(error),
         },
+        Verb::Switchover(args) => switchover::run(&context, args),
+        Verb::RenewCertificate(args) => renew::run(&context, args),
+        Verb::Backup(args) => backup::run(&context, args),
+        Verb::Restore(args) => restore::run(&context, args),
+        Verb::Maintenance(args) => maintenance::run(&context, args),
+        Verb::Node(args) => node::run(&context, args),
+        Verb::SupportBundle(args) => support_bundle::run(&context, args),
         Verb::Doctor(args) => doctor::run(&context, args),
         Verb::Lab(args) => lab::run(&context, args),
         Verb::Store(args) => store::run(&context, args),

@@ -46,7 +46,7 @@ pub struct Args {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Form {
+pub enum Form {
     /// A disk to attach to the machine, NODE.seed.img
     Volume,
     /// The seed's file itself, NODE.seed.json
@@ -98,13 +98,19 @@ pub fn find_node<'a>(cluster: &'a Cluster, name: &str) -> Result<&'a Node> {
 }
 
 /// A folder for seeds: nobody else's when it is made here.
-fn make_folder(path: &Path) -> Result<()> {
+pub fn make_folder(path: &Path) -> Result<()> {
     let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
     made.with_context(|| format!("making {}", path.display()))
 }
 
 /// A seed that was there before is replaced.
-fn write_seed(folder: &Path, node: &Node, seed: &[u8], form: Form, now: u64) -> Result<PathBuf> {
+pub fn write_seed(
+    folder: &Path,
+    node: &Node,
+    seed: &[u8],
+    form: Form,
+    now: u64,
+) -> Result<PathBuf> {
     let ending = if form == Form::Volume { "img" } else { "json" };
     let path = folder.join(format!("{}.seed.{ending}", node.name));
     write_beside(&path, 0o600, Existing::Replace, |mut file: &File| match form {

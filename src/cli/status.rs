@@ -1,17 +1,14 @@
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
 
 use super::Context;
-use super::cluster::FILE;
+use super::operate::Place;
 use super::seed::find_node;
 use crate::agent::ask::ask_nodes;
 use crate::agent::table::{Answer, Table, make_table, show_table};
-use crate::agent::tls::Tls;
-use crate::cluster_dir::{Operator, default_path};
-use crate::config::cluster::{Cluster, Node, load_cluster};
+use crate::config::cluster::{Cluster, Node};
 use crate::error::UserError;
 use crate::progress::print_line;
 
@@ -26,33 +23,22 @@ const NOT_READY: u8 = 3;
 
 Exit code 0 when every node that is shown is ready, 3 when one is not.")]
 pub struct Args {
-    /// The cluster file
-    #[arg(long, value_name = "FILE", default_value = FILE)]
-    cluster: PathBuf,
-    /// The cluster's directory (default: beside the cluster file, called like the cluster)
-    #[arg(long, value_name = "DIR")]
-    dir: Option<PathBuf>,
+    #[command(flatten)]
+    place: Place,
     /// Ask and show this node only; may be given several times
     #[arg(long, value_name = "NAME")]
     node: Vec<String>,
 }
 
 pub fn run(context: &Context, args: Args) -> Result<ExitCode> {
-    let cluster = load_cluster(&args.cluster, &context.find_project()?)?;
+    let asked = args.place.open(context)?;
+    let cluster = &asked.cluster;
     let nodes: Vec<&Node> = match args.node.is_empty() {
         true => cluster.nodes.iter().collect(),
-        false => args.node.iter().map(|name| find_node(&cluster, name)).collect::<Result<_>>()?,
+        false => args.node.iter().map(|name| find_node(cluster, name)).collect::<Result<_>>()?,
     };
-    let dir = args.dir.unwrap_or_else(|| default_path(&args.cluster, &cluster));
-    let operator = Operator::read(&dir, &cluster)?;
-    let tls = Tls::from_pem(&operator.ca, &operator.certificate, &operator.key).map_err(|_| {
-        UserError::new("the operator's certificate cannot be used")
-            .in_file(&dir)
-            .why("its key is not that of its certificate")
-            .help("bring operator.pem and operator.key back from one copy")
-    })?;
-    let answers = ask_nodes(&tls, &nodes)?;
-    expect_answer(&cluster, &answers)?;
+    let answers = ask_nodes(&asked.tls, &nodes)?;
+    expect_answer(cluster, &answers)?;
     let mut table = make_table(&cluster.name, &cluster.nodes, &answers);
     if !args.node.is_empty() {
         table.nodes.retain(|row| answers.contains_key(&row.name));
@@ -63,7 +49,7 @@ pub fn run(context: &Context, args: Args) -> Result<ExitCode> {
 
 /// # Errors
 /// A [`UserError`] when nobody answers: then there is nothing to show.
-fn expect_answer(cluster: &Cluster, answers: &BTreeMap<String, Answer>) -> Result<()> {
+pub fn expect_answer(cluster: &Cluster, answers: &BTreeMap<String, Answer>) -> Result<()> {
     let mut silent = Vec::new();
     for (name, answer) in answers {
         match answer {

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 
 use crate::cluster_dir::{self, ClusterDir};
 use crate::config::cluster::{
-    Cluster, External, Ipv4Network, Node, ObjectStorage, Role, Tuning, check_rules,
+    Backup, Cluster, External, Ipv4Network, Node, ObjectStorage, Role, Tuning, check_rules,
 };
 use crate::error::UserError;
 use crate::secrets::{list_brought, make_secret};
@@ -54,6 +54,7 @@ pub fn plan_cluster(
         dns: Vec::new(),
         ntp: Vec::new(),
         nodes: (1..=u32::from(count)).map(node).collect(),
+        backup: None,
         storage: roles.contains(&Role::Web).then(|| ObjectStorage {
             endpoint: format!("http://{}:{S3_PORT}", address(HOST)),
             bucket: "netbox".to_string(),
@@ -75,6 +76,11 @@ pub fn plan_cluster(
     Ok(cluster)
 }
 
+/// Backups in the directory that the lab shares among its nodes.
+pub fn plan_backup() -> Backup {
+    Backup { directory: Some("/var/backups/stanchion".to_string()), keep: Backup::KEEP }
+}
+
 /// The cluster as a cluster file.
 pub fn write_file(cluster: &Cluster) -> Result<String> {
     let quote = |text: &str| toml::Value::from(text).to_string();
@@ -93,6 +99,10 @@ pub fn write_file(cluster: &Cluster) -> Result<String> {
             quote(&node.zone),
             quote(&node.profile)
         )?;
+    }
+    if let Some(backup) = &cluster.backup {
+        let backup = toml::to_string(backup).context("writing the cluster file")?;
+        write!(text, "\n[backup]\n{backup}")?;
     }
     if let Some(storage) = &cluster.storage {
         let storage = toml::to_string(storage).context("writing the cluster file")?;

@@ -33,7 +33,7 @@ use crate::config::cluster::{Cluster, Ipv4Network};
 use crate::error::{UserError, find_nearest};
 use crate::store;
 
-pub use cluster::plan_cluster;
+pub use cluster::{plan_backup, plan_cluster};
 pub use network::find_operator;
 pub use nspawn::{Nspawn, serve_if_asked};
 pub use process::Process;
@@ -61,8 +61,8 @@ pub struct Spec {
     pub network: Ipv4Network,
     pub nspawn: Nspawn,
     pub nodes: Vec<NodeSpec>,
-    /// What the nodes are to be seeded for; it has them all. Without one the lab gives each
-    /// node its address, and nothing else is set up in it.
+    /// What the nodes are to be seeded for. A node that it does not have, and every node of a
+    /// lab without one, gets its address, and nothing else is set up in it.
     pub cluster: Option<Cluster>,
 }
 
@@ -278,6 +278,7 @@ impl Lab {
             group,
             machine: node.machine.clone(),
             hostname: node.name.clone(),
+            shares: self.share_backups()?,
             credentials: credentials
                 .into_iter()
                 .filter(|(_, path)| path.exists())
@@ -287,6 +288,17 @@ impl Lab {
         nspawn::launch(&self.program, &order)
             .with_context(|| format!("starting node `{}`", node.name))
             .map(drop)
+    }
+
+    /// The folder that stands for what is mounted on all nodes to hold their backups.
+    fn share_backups(&self) -> Result<Vec<(PathBuf, String)>> {
+        let backup = self.state.cluster.as_ref().and_then(|cluster| cluster.backup.as_ref());
+        let Some(at) = backup.and_then(|backup| backup.directory.clone()) else {
+            return Ok(Vec::new());
+        };
+        let folder = self.folder.backups();
+        fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+        Ok(vec![(folder, at)])
     }
 
     /// Ask a node to power off, and wait until it has; one that is down stays so.
@@ -584,7 +596,8 @@ fn make(folder: &Folder, spec: &Spec, state: &State) -> Result<()> {
     for node in &spec.nodes {
         let place = folder.node(&node.name);
         place.create()?;
-        let seed = match &secrets {
+        let known = secrets.as_ref().filter(|(cluster, _)| cluster.find_node(&node.name).is_some());
+        let seed = match known {
             Some((cluster, directory)) => Some(cluster::make_seed(cluster, directory, &node.name)?),
             None => None,
         };

@@ -94,6 +94,8 @@ pub struct Order {
     /// At most 12 letters; the interface outside is named after it.
     pub machine: String,
     pub hostname: String,
+    /// Folders of this machine, and where the node has them.
+    pub shares: Vec<(PathBuf, String)>,
     /// By name, the files that hold them.
     pub credentials: Vec<(String, PathBuf)>,
 }
@@ -330,7 +332,8 @@ fn describe_node(order: &Order, root: &Root) -> Result<Command> {
         .arg(format!("--network-bridge={}", network::BRIDGE))
         .args(["--register=no", "--keep-unit", "--settings=no", "--console=read-only"])
         .args(["--resolv-conf=off", "--timezone=off", "--link-journal=no"])
-        .arg("--kill-signal=SIGRTMIN+3"))
+        .arg("--kill-signal=SIGRTMIN+3")
+        .args(order.shares.iter().map(|(from, to)| format!("--bind={}:{to}", from.display()))))
 }
 
 /// nspawn, and its child that is the first process of a pid namespace and has started the

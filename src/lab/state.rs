@@ -4,6 +4,7 @@
 //! labs/NAME/lab.json           the lab as it was asked for
 //! labs/NAME/cluster.toml       its cluster, where it has one, and
 //! labs/NAME/cluster/           that cluster's CA and secrets
+//! labs/NAME/backups/           what its nodes share for their backups, where they make any
 //! labs/NAME/network            its network namespace, mounted
 //! labs/NAME/nodes/NODE/var/    the node's /var
 //! labs/NAME/nodes/NODE/...     its console, its seed, and what runs while it runs
@@ -122,6 +123,11 @@ impl Folder {
 
     pub fn cluster_file(&self) -> PathBuf {
         self.path.join("cluster.toml")
+    }
+
+    /// What the nodes have as the directory of their backups.
+    pub fn backups(&self) -> PathBuf {
+        self.path.join("backups")
     }
 
     pub fn node(&self, name: &str) -> NodeFolder {

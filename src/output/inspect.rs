@@ -6,13 +6,12 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
-use std::io::{ErrorKind, Read};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
-use super::qcow2;
+use super::raw_image::{RawImage, Unpacker, explain_unreadable};
 use crate::digest::Digest;
 use crate::disk::MIB;
 use crate::disk::erofs_read::Erofs;
@@ -21,9 +20,6 @@ use crate::disk::gpt::{self, Partition};
 use crate::disk::guid::Guid;
 use crate::disk::region::Region;
 use crate::disk::{uki, verity};
-use crate::error::UserError;
-use crate::store::remove_tree;
-use crate::tools::Tools;
 
 /// Where the builder leaves the image's manifest in the root.
 pub const MANIFEST: &str = "usr/share/stanchion/manifest.json";
@@ -80,61 +76,26 @@ pub struct SlotReport {
     /// Computed from the topmost block of the hashes.
     pub root_hash: Digest,
     pub uuid: Guid,
+    /// Where its root partition starts, in bytes.
+    pub start: u64,
     /// Bytes that the hashes cover.
     pub covered: u64,
     /// The kernels that boot it.
     pub kernels: Vec<String>,
 }
 
-/// What is needed to look into images that are not raw: the tools, and a folder with room
-/// for the unpacked disk.
-#[derive(Debug, Clone, Copy)]
-pub struct Unpacker<'a> {
-    pub tools: &'a Tools,
-    pub folder: &'a Path,
-}
-
-/// Whether [`inspect`] needs an unpacker for this image.
-pub fn needs_unpacker(path: &Path) -> Result<bool> {
-    File::open(path)
-        .map_err(Into::into)
-        .and_then(|file| is_qcow2(&file))
-        .map_err(|error| explain_unreadable(path, &error).into())
-}
-
 /// Read an image. A qcow2 image needs an unpacker.
 ///
 /// # Errors
-/// A [`UserError`] for what is no image at all; what is wrong in one is in the report.
+/// A [`UserError`](crate::error::UserError) for what is no image at all; what is wrong in one
+/// is in the report.
 pub fn inspect(path: &Path, unpacker: Option<Unpacker>) -> Result<Report> {
-    if !needs_unpacker(path)? {
-        return File::open(path)
-            .map_err(Into::into)
-            .and_then(|file| inspect_raw(&file, "raw"))
-            .map_err(|error| explain_unreadable(path, &error).into());
-    }
-    let Unpacker { tools, folder } = unpacker.context("a qcow2 image has to be unpacked")?;
-    let raw = folder.join(format!("inspect-{}.raw", std::process::id()));
-    let report = qcow2::unpack(tools, path, &raw)
-        .and_then(|()| inspect_raw(&File::open(&raw)?, "qcow2"))
-        .map_err(|error| explain_unreadable(path, &error).into());
-    remove_tree(&raw)?;
-    report
+    inspect_open(path, &RawImage::open(path, unpacker)?)
 }
 
-fn explain_unreadable(path: &Path, error: &anyhow::Error) -> UserError {
-    UserError::new("this is no image that can be read")
-        .in_file(path)
-        .why(format!("{error:#}"))
-        .help("give a whole raw or qcow2 image, as `stanchion build` makes them")
-}
-
-fn is_qcow2(mut file: &File) -> Result<bool> {
-    let mut magic = [0; 4];
-    match file.read_exact(&mut magic) {
-        Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(false),
-        result => Ok(result.map(|()| &magic == qcow2::MAGIC)?),
-    }
+/// As [`inspect`], for an image that is open; `path` names it in errors.
+pub fn inspect_open(path: &Path, image: &RawImage) -> Result<Report> {
+    inspect_raw(&image.file, image.format).map_err(|error| explain_unreadable(path, &error).into())
 }
 
 fn inspect_raw(file: &File, format: &'static str) -> Result<Report> {
@@ -301,6 +262,7 @@ fn read_slot(
         label: root.label.clone(),
         root_hash,
         uuid: superblock.uuid,
+        start: root.start,
         covered,
         kernels: boots.map(|kernel| kernel.file.clone()).collect(),
     };
@@ -374,7 +336,7 @@ fn describe_item(item: &serde_json::Value) -> String {
 }
 
 /// Text from an image, without what would steer the terminal.
-fn clean(text: &str) -> String {
+pub(super) fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 

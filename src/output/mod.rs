@@ -1,4 +1,6 @@
-//! Output formats, one file each, and the reader of finished images.
+//! Output formats, one file each, and the readers of finished images.
 
+pub mod compare;
 pub mod inspect;
 pub mod qcow2;
+pub mod raw_image;

@@ -15,6 +15,7 @@ mod source;
 mod stage;
 mod templates;
 mod unpacked;
+mod why;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -40,6 +41,7 @@ pub use locking::{Failures, lock_path, prepare_lock, relock};
 pub use manifest::{InnerManifest, LayerEntry, Manifest, OutputEntry};
 pub use source::{FetchOptions, Source};
 pub use unpacked::provide_tools;
+pub use why::explain_presence;
 
 #[derive(Debug, Clone)]
 pub struct BuildOptions {

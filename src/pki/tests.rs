@@ -21,6 +21,7 @@ fn make_cluster() -> Cluster {
         ntp: vec![],
         nodes: (1..=3).map(node).collect(),
         storage: None,
+        backup: None,
         external: Default::default(),
         tuning: Tuning::default(),
     }

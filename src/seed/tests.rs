@@ -35,6 +35,7 @@ fn make_cluster(name: &str) -> Cluster {
         ntp: vec![],
         nodes: vec![node(1, &all), node(2, &all), node(3, &all), node(4, &[Role::Cache])],
         storage: None,
+        backup: None,
         external: Default::default(),
         tuning: Tuning::default(),
     }

@@ -18,6 +18,7 @@ use stanchion::sandbox::{Program, Sandbox, Spec};
 use tempfile::TempDir;
 
 use crate::contexts::{Kind, list_kinds};
+use crate::firewall::list_rules;
 use crate::{find, load, render, root};
 
 /// Trees of what the layers of the profile `edge` install, bottom first.
@@ -207,11 +208,11 @@ fn nftables_takes_its_rules() {
         return;
     }
     let closed = root().join("layers/base/tree/usr/share/stanchion/firewall");
-    for kind in list_kinds() {
-        let rendered = render(&kind);
-        let rules = find(&rendered, "/etc/nftables.conf")
-            .replace("/usr/share/stanchion/firewall", closed.to_str().unwrap());
-        check(&rules).unwrap_or_else(|error| panic!("{}: {error}", kind.label));
+    let kinds = list_kinds();
+    let of_kinds = kinds.iter().map(|kind| find(&render(kind), "/etc/nftables.conf").to_string());
+    for rules in of_kinds.chain(list_rules()) {
+        let rules = rules.replace("/usr/share/stanchion/firewall", closed.to_str().unwrap());
+        check(&rules).unwrap_or_else(|error| panic!("{error}:\n{rules}"));
     }
 }
 

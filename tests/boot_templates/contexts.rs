@@ -47,7 +47,7 @@ pub fn list_kinds() -> Vec<Kind> {
 }
 
 /// Secrets and the roles whose nodes get them; `fingerprint` is for all.
-const SECRETS: [(&str, &[&str]); 14] = [
+const SECRETS: [(&str, &[&str]); 15] = [
     ("postgres_superuser", &["db"]),
     ("postgres_replication", &["db"]),
     ("postgres_rewind", &["db"]),
@@ -62,6 +62,7 @@ const SECRETS: [(&str, &[&str]); 14] = [
     ("netbox_admin", &["web"]),
     ("s3_access_key", &["db", "web"]),
     ("s3_secret_key", &["db", "web"]),
+    ("backup_cipher", &["db"]),
 ];
 
 /// The variables of the templates. A node knows no secret that its roles do not need, and
@@ -106,8 +107,13 @@ pub fn describe(kind: &Kind) -> Value {
             "ntp": if kind.single { json!([]) } else { json!(["ntp.example.org"]) },
             "single": kind.single,
             "storage": (!kind.single).then(|| json!({
-                "endpoint": "https://s3.example.org", "bucket": "netbox", "region": "us-east-1",
+                "endpoint": "https://s3.example.org:9000", "bucket": "netbox", "region": "us-east-1",
             })),
+            "backup": match (kind.single, kind.profile) {
+                (true, _) => Value::Null,
+                (_, "db") => json!({"directory": null, "keep": 8}),
+                _ => json!({"directory": "/var/backups/stanchion", "keep": 4}),
+            },
         },
         "nodes": nodes,
         "db_nodes": nodes,

@@ -1,4 +1,4 @@
-//! `stanchion inspect`, of images and of what is none.
+//! `stanchion inspect` and `stanchion diff`, of images and of what is none.
 
 use std::fs;
 
@@ -91,4 +91,53 @@ fn a_qcow2_image_needs_a_project_with_a_lock() {
             "give the raw image",
         ],
     );
+}
+
+#[test]
+fn two_images_differ_in_what_was_changed_between_them() {
+    let _turn = take_turn();
+    if !can_build() {
+        return;
+    }
+    let project = Project::tiny("");
+    project.copy_store();
+    project.write("layers/extra/tree/usr/share/extra/kept", "same");
+    project.write("layers/extra/tree/usr/share/extra/gone", "12345");
+    project.write("layers/extra/tree/usr/share/extra/text", "before");
+    project.run(&["build", "tiny", "--offline", "--out", "old"]).expect(0, &[]);
+    fs::remove_file(project.root().join("layers/extra/tree/usr/share/extra/gone")).unwrap();
+    project.write("layers/extra/tree/usr/share/extra/text", "after!");
+    project.write("layers/extra/tree/usr/share/extra/new/file", "1234567");
+    project.write_extra("[owners]\n\"/usr/share/extra/kept\" = { mode = \"0600\" }");
+    project.run(&["build", "tiny", "--offline", "--out", "new"]).expect(0, &[]);
+
+    let ran = project.run(&["diff", "old/tiny.raw", "new/tiny.qcow2", "--json"]);
+    ran.expect(0, &[]);
+    let found = ran.events().pop().unwrap();
+    assert_eq!(found["packages"], serde_json::json!([]));
+    let change = |path: &str, old: Option<u64>, new: Option<u64>, what: &[&str]| {
+        let path = format!("/usr/share/{path}");
+        serde_json::json!({ "path": path, "old": old, "new": new, "what": what })
+    };
+    let files = found["files"].as_array().unwrap();
+    let files: Vec<_> = files.iter().filter(|file| file.to_string().contains("extra/")).collect();
+    assert_eq!(
+        files,
+        [
+            &change("extra/gone", Some(5), None, &[]),
+            &change("extra/kept", Some(4), Some(4), &["mode"]),
+            &change("extra/new", None, Some(0), &[]),
+            &change("extra/new/file", None, Some(7), &[]),
+            &change("extra/text", Some(6), Some(6), &["content"]),
+        ]
+    );
+    let ran = project.run(&["diff", "old/tiny.raw", "new/tiny.raw"]);
+    ran.expect(0, &[]);
+    for line in ["- /usr/share/extra/gone  5 B", "~ /usr/share/extra/kept  4 B  mode"] {
+        assert!(ran.stdout.contains(line), "{}", ran.stdout);
+    }
+    let ran = project.run(&["diff", "new/tiny.raw", "new/tiny.raw"]);
+    assert!(ran.expect(0, &[]).stdout.contains("the roots are the same"), "{}", ran.stdout);
+    project.run(&["diff", "new/tiny.raw", "stanchion.lock"]).expect(2, &["at: stanchion.lock"]);
+    assert_eq!(fs::read_dir(project.store().join("tmp")).unwrap().count(), 0);
 }

@@ -27,6 +27,9 @@ fn a_new_file_is_good_as_it_is() {
         .collect();
     assert_ne!(all, written);
     write_certificate(&project, "site", &["netbox.example.org"], (-1, 90));
+    for name in ["postgres-ca.pem", "redis-ca.pem"] {
+        std::fs::copy(project.root().join("site.pem"), project.root().join(name)).unwrap();
+    }
     for text in [&written, &all] {
         let shown = check(&project, text);
         assert!(shown.contains("3 nodes"), "{shown}");
@@ -58,7 +61,7 @@ fn the_list_says_what_holds_what_is_weak_and_what_to_look_at() {
         "ok    zones       the db nodes are in 3 zones; the database outlives each",
         "ok    addresses   each once, all on 10.0.0.0/24, and the VIP 10.0.0.100 is no node's",
         "WARN  storage     no [storage]: media and backups lie on the nodes alone and are not highly available",
-        "WARN  clocks      no `ntp`: nothing keeps the nodes' clocks together",
+        "WARN  clocks      no `ntp`: the nodes' clocks agree with each other, but with nobody else's",
         "look  VIP         nothing else uses 10.0.0.100, and nobody's VRRP the id 51",
         " 2380  tcp   db          db                     etcd, among its members",
         "    -  vrrp  edge        edge                   who holds the VIP (unicast)",

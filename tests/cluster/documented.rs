@@ -41,6 +41,7 @@ fn every_key_is_documented_and_every_documented_key_exists() {
         ("external", "[external]"),
         ("external.postgres", "[external.postgres]"),
         ("external.redis", "[external.redis]"),
+        ("backup", "[backup]"),
         ("certificate", "[certificate]"),
         ("tuning", "[tuning]"),
     ] {

@@ -127,15 +127,15 @@ fn each_role_gets_its_own_secrets_and_no_others() {
     project.run(&["seed", "--all"]).expect(0, &[]);
     let all = fs::read_to_string(project.root().join("lab/secrets.toml")).unwrap();
     let all: BTreeMap<String, String> = toml::from_str(&all).unwrap();
-    assert_eq!(all.len(), 12);
+    assert_eq!(all.len(), 16);
     assert!(all.values().all(|secret| secret.len() >= 32));
     for (name, expected) in [
         (
             "n1",
-            "fingerprint patroni_rest postgres_netbox postgres_replication postgres_rewind postgres_superuser",
+            "backup_cipher fingerprint patroni_rest postgres_netbox postgres_replication postgres_rewind postgres_superuser",
         ),
         ("n4", "fingerprint redis sentinel"),
-        ("n5", "fingerprint postgres_netbox redis"),
+        ("n5", "fingerprint netbox_admin netbox_pepper netbox_secret_key postgres_netbox redis"),
         ("n6", "fingerprint haproxy_stats keepalived redis sentinel site_key site_seal"),
     ] {
         let image = project.root().join(format!("lab/seeds/{name}.seed.img"));

@@ -7,6 +7,8 @@ use std::time::Duration;
 use crate::ha::Ha;
 
 const EXPOSURE: f64 = 4.0;
+/// Bytes of the agent, on the disk and in memory.
+const AGENT_LIMIT: u64 = 15_000_000;
 const UNITS: [&str; 12] = [
     "chrony.service",
     "dnsmasq.service",
@@ -28,7 +30,15 @@ pub fn look_at_services(ha: &Ha) {
         look_at_names(ha, ha.lab.address(node).unwrap());
         look_at_figures(ha, node);
     }
+    for node in ha.nodes() {
+        // A container has none, and Patroni does without.
+        let page = ha.get_status(node).unwrap();
+        assert!(page["warnings"]["watchdog"].is_string(), "{page}");
+        let config = ha.run(node, &["cat", "/etc/patroni/config.yml"]);
+        assert!(config.contains("watchdog:\n  mode: automatic\n"), "{node}");
+    }
     look_at_names(ha, ha.vip());
+    look_at_agents(ha);
     look_at_statistics(ha);
     look_at_exposure(ha);
 }
@@ -82,6 +92,27 @@ fn look_at_figures(ha: &Ha, node: &str) {
         assert_eq!(status, 200, "{node} {path}: {text}");
         assert!(text.contains(figure), "{node} {path} lacks {figure}");
     }
+}
+
+/// How much an agent takes: of memory, and, where it is what would be shipped, of the disk. The
+/// code of a build for tests is many times larger, so there only what it has allocated counts.
+fn look_at_agents(ha: &Ha) {
+    let is_shipped = !cfg!(debug_assertions);
+    let script =
+        "pid=$(systemctl show --value -p MainPID stanchion-agent) && cat /proc/$pid/status";
+    for node in ha.nodes() {
+        let status = ha.run(node, &["sh", "-c", script]);
+        let read = |name: &str| -> u64 {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+            line.trim_start_matches(':').trim_end_matches("kB").trim().parse().unwrap()
+        };
+        let (allocated, resident) = (read("RssAnon"), read("VmRSS"));
+        eprintln!("{node}: the agent has {allocated} kB of its own, {resident} kB resident");
+        assert!(allocated <= AGENT_LIMIT / 1024, "{node}: {status}");
+        assert!(!is_shipped || resident <= AGENT_LIMIT / 1024, "{node}: {status}");
+    }
+    let size = ha.run("n1", &["stat", "--format=%s", "/usr/bin/stanchion-agent"]);
+    assert!(!is_shipped || size.parse::<u64>().unwrap() <= AGENT_LIMIT, "{size} bytes");
 }
 
 /// HAProxy's page: a certificate of the cluster, and the password on top.

@@ -8,16 +8,19 @@ mod steer;
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use stanchion::agent::tls::Tls;
+use stanchion::command::Command;
 use stanchion::config::Project;
 use stanchion::config::cluster::Cluster;
 use stanchion::error::UserError;
 use stanchion::lab::ledger::{Ledger, Record, Target, read_ledger};
 use stanchion::lab::probe::{Probe, RedisTarget};
-use stanchion::lab::{Lab, Nspawn, Places, Spec, check_host, plan_cluster};
+use stanchion::lab::{Lab, NodeSpec, Nspawn, Places, Spec, check_host, plan_cluster};
 use stanchion::secrets::Secret;
 use stanchion::tools::set;
 use tempfile::TempDir;
@@ -26,19 +29,62 @@ use crate::image;
 
 pub const LEADER_PORT: u16 = 5433;
 pub const REPLICA_PORT: u16 = 5434;
+pub const ALL_PORT: u16 = 5435;
 const LIMIT: Duration = Duration::from_secs(60);
 /// How long a cluster that was hurt may take to be whole again; not measured against a goal.
 pub const WHOLE: Duration = Duration::from_secs(120);
 
+/// Whose turn it is to form a cluster.
+pub fn wait_turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a cluster's nodes boot.
+pub struct Images<'a> {
+    /// The name of the project's copy, as [`image::project`] has it.
+    pub project: &'a str,
+    /// For all profiles but the others.
+    pub node: &'static image::Image,
+    /// By profile.
+    pub others: Vec<(&'a str, &'static image::Image)>,
+}
+
 pub struct Ha {
     pub lab: Lab,
     pub cluster: Cluster,
+    /// What the nodes' images were built from.
+    project: PathBuf,
     places: Places,
     pub tls: Tls,
     pems: [Vec<u8>; 3],
     secrets: std::collections::BTreeMap<String, Secret>,
     pub runtime: tokio::runtime::Runtime,
     _folder: TempDir,
+}
+
+/// What came of a verb.
+pub struct Operated {
+    pub code: Option<i32>,
+    pub text: String,
+}
+
+impl Operated {
+    /// The event of this name, of a verb that has worked.
+    #[track_caller]
+    pub fn expect(&self, event: &str) -> Value {
+        assert_eq!(self.code, Some(0), "{}", self.text);
+        let events = self.text.lines().filter_map(|line| serde_json::from_str(line).ok());
+        let mut found = events.filter(|found: &Value| found["event"] == event);
+        found.next().unwrap_or_else(|| panic!("no {event} in {}", self.text))
+    }
+
+    /// It was refused, and said this.
+    #[track_caller]
+    pub fn expect_refusal(&self, why: &str) {
+        assert_eq!(self.code, Some(2), "{}", self.text);
+        assert!(self.text.contains(why), "no {why:?} in {}", self.text);
+    }
 }
 
 impl Drop for Ha {
@@ -65,38 +111,50 @@ impl Ha {
         edit: impl FnOnce(&mut Cluster),
         arm: impl FnOnce(&Lab, &Cluster),
     ) -> Option<Self> {
-        let image = image::provide_node(&[set::LAB])?;
-        Self::create_of(name, image, "node", &[], edit, arm)
+        Self::create_with(name, edit, arm, |_| Some(Vec::new()))
     }
 
-    /// The same, of an image of the profile `node` in the copy `project`, and of others by
-    /// their profile.
-    pub fn create_of(
+    /// The same, with machines of which the cluster file knows nothing; they are no part of
+    /// [`Ha::nodes`].
+    pub fn create_with(
         name: &str,
-        image: &'static image::Image,
-        project: &str,
-        others: &[(&str, &'static image::Image)],
         edit: impl FnOnce(&mut Cluster),
         arm: impl FnOnce(&Lab, &Cluster),
+        find_strangers: impl FnOnce(&Cluster) -> Option<Vec<NodeSpec>>,
+    ) -> Option<Self> {
+        let node = image::provide_node(&[set::LAB])?;
+        let images = Images { project: "node", node, others: Vec::new() };
+        Self::create_of(name, &images, edit, arm, find_strangers)
+    }
+
+    /// The same, of these images.
+    pub fn create_of(
+        name: &str,
+        images: &Images,
+        edit: impl FnOnce(&mut Cluster),
+        arm: impl FnOnce(&Lab, &Cluster),
+        find_strangers: impl FnOnce(&Cluster) -> Option<Vec<NodeSpec>>,
     ) -> Option<Self> {
         if let Err(error) = check_host() {
             eprintln!("skipped: {error:#}");
             return None;
         }
         let nspawn = Nspawn::find_on_host()
-            .unwrap_or_else(|| Nspawn::Tools(image.tools[0].root().to_path_buf()));
-        let project = Project::find(&image::project(project)).unwrap();
-        let roles = project.load_profile("node").unwrap().roles();
+            .unwrap_or_else(|| Nspawn::Tools(images.node.tools[0].root().to_path_buf()));
+        let project = image::project(images.project);
+        let found = Project::find(&project).unwrap();
+        let roles = found.load_profile("node").unwrap().roles();
         let network = "10.89.0.0/24".parse().unwrap();
         let mut cluster = plan_cluster(name, network, 3, "node", &roles).unwrap();
         edit(&mut cluster);
         let folder = tempfile::tempdir_in(image::scratch()).unwrap();
         let places =
             Places { labs: folder.path().join("stanchion/labs"), program: image::PROGRAM.into() };
-        let spec = Spec::of_cluster(name, nspawn, cluster.clone(), |profile| {
-            let other = others.iter().find(|(name, _)| *name == profile);
-            other.map_or(&image.raw, |(_, other)| &other.raw).clone()
+        let mut spec = Spec::of_cluster(name, nspawn, cluster.clone(), |profile| {
+            let other = images.others.iter().find(|(name, _)| *name == profile);
+            other.map_or(&images.node.raw, |(_, other)| &other.raw).clone()
         });
+        spec.nodes.extend(find_strangers(&cluster)?);
         let lab = match Lab::create(&places, &spec) {
             Ok(lab) => lab,
             Err(error) => match error.downcast_ref::<UserError>() {
@@ -114,7 +172,41 @@ impl Ha {
         let tls = Tls::from_pem(ca, certificate, key).unwrap();
         let secrets = toml::from_str(std::str::from_utf8(&read("secrets.toml")).unwrap()).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        Some(Ha { lab, cluster, places, tls, pems, secrets, runtime, _folder: folder })
+        Some(Ha { lab, cluster, project, places, tls, pems, secrets, runtime, _folder: folder })
+    }
+
+    /// Form the cluster, one lab of this program at a time: a start keeps every processor busy.
+    pub fn form(&self) {
+        let _turn = wait_turn();
+        self.start_all();
+        self.wait_until_whole();
+    }
+
+    /// Run one of the operator's verbs in the lab's network, to its end.
+    pub fn operate(&self, args: &[&str]) -> Operated {
+        let command = self.describe_verb(args);
+        let (status, output) = self.lab.enter_network(|| command.run_any()).unwrap().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        eprintln!("{args:?}: {status}\n{text}{}", String::from_utf8_lossy(&output.stderr));
+        Operated { code: status.code(), text }
+    }
+
+    /// Start one of them, and do not wait for it.
+    pub fn spawn(&self, args: &[&str]) -> std::process::Child {
+        let nowhere = std::process::Stdio::null;
+        let command = self.describe_verb(args).output_to(nowhere(), nowhere());
+        self.lab.spawn_inside(command).unwrap()
+    }
+
+    fn describe_verb(&self, args: &[&str]) -> Command {
+        Command::new(image::PROGRAM)
+            .args(args)
+            .arg("--project")
+            .arg(&self.project)
+            .args(["--json", "--cluster"])
+            .arg(self.lab.secrets().with_file_name("cluster.toml"))
+            .arg("--dir")
+            .arg(self.lab.secrets())
     }
 
     pub fn start_all(&self) {
@@ -124,7 +216,7 @@ impl Ha {
     }
 
     pub fn nodes(&self) -> Vec<&str> {
-        self.lab.list_nodes()
+        self.cluster.nodes.iter().map(|node| node.name.as_str()).collect()
     }
 
     pub fn others(&self, node: &str) -> Vec<&str> {
@@ -232,8 +324,8 @@ impl Ha {
         self.find_node(|node| node["vip"] == true)
     }
 
-    /// All three serve and are ready: one leader, and two replicas of it, one of them
-    /// synchronous; one Redis master; one holder of the VIP.
+    /// All three serve and are ready, whoever else there is: one leader, and two replicas of
+    /// it, one of them synchronous; one Redis master; one holder of the VIP.
     pub fn is_whole(&self) -> bool {
         let pages: Vec<Value> =
             self.nodes().into_iter().filter_map(|node| self.get_status(node)).collect();
@@ -245,7 +337,7 @@ impl Ha {
             |field: &str, value: Value| nodes.iter().filter(|node| node[field] == value).count();
         pages.len() == 3
             && are_ready
-            && nodes.len() == 3
+            && self.nodes().iter().all(|name| nodes.iter().any(|node| node["name"] == *name))
             && count("postgres", "leader running".into()) == 1
             && count("postgres", "sync_standby streaming".into()) == 1
             && count("postgres", "replica streaming".into()) == 1

@@ -41,6 +41,12 @@ pub fn provide_node(sets: &[&str]) -> Option<&'static Image> {
     show_skipped(IMAGE.get_or_init(|| prepare("node", sets)))
 }
 
+/// The image of edges alone, likewise.
+pub fn provide_edge() -> Option<&'static Image> {
+    static IMAGE: OnceLock<Result<Image, String>> = OnceLock::new();
+    show_skipped(IMAGE.get_or_init(|| prepare("edge", &[])))
+}
+
 /// The images of the profiles `node` and `web` as they are shipped, with NetBox from this
 /// tarball; the copy of the project is called `netbox`.
 pub fn provide_netbox(tarball: &Path) -> Option<[&'static Image; 2]> {

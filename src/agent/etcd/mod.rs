@@ -43,12 +43,10 @@ pub struct Listing {
 pub struct MemberStatus {
     pub member: u64,
     pub leader: u64,
-    pub version: String,
     /// Bytes on disk, and bytes in use.
     pub size: u64,
     pub in_use: u64,
     pub learner: bool,
-    pub errors: Vec<String>,
 }
 
 /// A transaction's outcome.
@@ -246,6 +244,37 @@ impl Etcd {
     pub async fn transfer_leadership(&self, target: u64) -> Result<()> {
         let body = json!({"targetID": target.to_string()});
         self.call("maintenance/transfer-leadership", body).await.map(drop)
+    }
+
+    /// Write a snapshot of the first endpoint's database; its bytes, with etcd's own checksum
+    /// at the end.
+    pub async fn write_snapshot(&self, to: &mut impl std::io::Write) -> Result<u64> {
+        let endpoint = self.endpoints.first().context("no endpoint")?;
+        let url = format!("{endpoint}/v3/maintenance/snapshot");
+        let request = self.http.post(url).body("{}").timeout(Duration::from_secs(300));
+        let mut response = request
+            .send()
+            .await
+            .map_err(|error| anyhow!(describe_transport(&error)))?
+            .error_for_status()?;
+        let (mut pending, mut written, mut left) = (Vec::new(), 0, None);
+        while let Some(chunk) = response.chunk().await.context("reading a snapshot")? {
+            pending.extend_from_slice(&chunk);
+            while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = pending.drain(..=end).collect();
+                let (blob, remaining) = wire::read_blob(&line)?;
+                to.write_all(&blob).context("writing a snapshot")?;
+                written += blob.len() as u64;
+                left = Some(remaining);
+            }
+            if pending.len() > MAX_ANSWER {
+                bail!("a part of a snapshot is longer than {MAX_ANSWER} bytes");
+            }
+        }
+        if left != Some(0) {
+            bail!("the snapshot broke off");
+        }
+        Ok(written)
     }
 
     fn in_order(&self) -> impl Iterator<Item = &String> {

@@ -74,6 +74,18 @@ pub fn read_listing(answer: &Value) -> Result<Listing> {
     })
 }
 
+/// A part of a snapshot, and how many bytes are to come.
+pub fn read_blob(line: &[u8]) -> Result<(Vec<u8>, u64)> {
+    let answer: Value = serde_json::from_slice(line).context("reading a snapshot's JSON")?;
+    if let Some(error) = answer.get("error") {
+        bail!("etcd ends the snapshot: {}", error["message"].as_str().unwrap_or("no reason given"));
+    }
+    let result = &answer["result"];
+    let blob = BASE64_STANDARD.decode(result["blob"].as_str().unwrap_or(""));
+    // A number that is zero is left out.
+    Ok((blob.context("reading base64")?, read_u64(&result["remaining_bytes"]).unwrap_or(0)))
+}
+
 pub fn read_events(line: &[u8]) -> Result<Vec<Event>> {
     let answer: Value = serde_json::from_slice(line).context("reading a watch's JSON")?;
     if let Some(error) = answer.get("error") {
@@ -116,15 +128,12 @@ pub fn read_members(answer: &Value) -> Result<Live> {
 }
 
 pub fn read_status(answer: &Value) -> Result<MemberStatus> {
-    let errors = answer["errors"].as_array().map(Vec::as_slice).unwrap_or_default();
     Ok(MemberStatus {
         member: read_u64(&answer["header"]["member_id"]).context("reading the member's id")?,
         leader: read_u64(&answer["leader"]).unwrap_or(0),
-        version: answer["version"].as_str().unwrap_or("").to_string(),
         size: read_u64(&answer["dbSize"]).unwrap_or(0),
         in_use: read_u64(&answer["dbSizeInUse"]).unwrap_or(0),
         learner: answer["isLearner"].as_bool().unwrap_or(false),
-        errors: errors.iter().filter_map(|e| e.as_str().map(String::from)).collect(),
     })
 }
 

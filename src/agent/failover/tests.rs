@@ -1,5 +1,5 @@
-use proptest::prelude::{Strategy, any};
-use proptest::{prop_assert, prop_assert_eq, proptest};
+use proptest::prelude::any;
+use proptest::{prop_assert_eq, proptest};
 
 use super::*;
 
@@ -85,130 +85,7 @@ fn a_single_node_never_deletes_its_own_key() {
     reason(&seen);
 }
 
-/// etcd's part of the model: one leader key and its revision.
-#[derive(Debug, Clone)]
-struct Store {
-    leader: Option<(usize, i64)>,
-    revision: i64,
-}
-
-impl Store {
-    fn delete_at(&mut self, revision: i64) -> bool {
-        let hit = self.leader.is_some_and(|(_, at)| at == revision);
-        if hit {
-            self.revision += 1;
-            self.leader = None;
-        }
-        hit
-    }
-
-    fn acquire(&mut self, node: usize) {
-        if self.leader.is_none() {
-            self.revision += 1;
-            self.leader = Some((node, self.revision));
-        }
-    }
-}
-
-#[derive(Debug, Clone)]
-enum Act {
-    /// Node stops or comes back; a stopped one has neither pulse nor ports.
-    Toggle(usize),
-    /// Its agent alone stops or comes back.
-    ToggleAgent(usize),
-    /// The agent of this node looks, and decides.
-    Look(usize),
-    /// It executes what it had decided, however long ago.
-    Execute(usize),
-    /// This node's Patroni takes the free key.
-    Acquire(usize),
-}
-
-fn any_act() -> impl Strategy<Value = Act> {
-    (0u8..5, 0usize..3).prop_map(|(kind, node)| match kind {
-        0 => Act::Toggle(node),
-        1 => Act::ToggleAgent(node),
-        2 => Act::Look(node),
-        3 => Act::Execute(node),
-        _ => Act::Acquire(node),
-    })
-}
-
-fn name(node: usize) -> String {
-    format!("n{}", node + 1)
-}
-
-/// What an agent sees of the model: everything at once, since the leases and sightings in
-/// etcd are older than the look, never newer.
-fn look(store: &Store, up: [bool; 3], agents: [bool; 3], standby: usize) -> Observed {
-    let Some((leader, revision)) = store.leader else { return Observed::default() };
-    let sees = |node: usize| Dated {
-        sighting: Sighting {
-            leader: name(leader),
-            revision,
-            unreachable_ms: if up[leader] { 0 } else { 3000 },
-            replica: node != leader,
-            tick: 1,
-        },
-        age: Duration::ZERO,
-    };
-    let alive = |node: &usize| up[*node] && agents[*node];
-    Observed {
-        enabled: true,
-        synchronous: true,
-        leader: Some(LeaderKey { name: name(leader), mod_revision: revision }),
-        sync: Some(SyncKey { leader: name(leader), standbys: vec![name(standby)] }),
-        db_nodes: (0..3).map(name).collect(),
-        pulses: (0..3).filter(alive).map(name).collect(),
-        beat: alive(&leader).then_some(Beat { unchanged: Duration::ZERO, ..quiet() }),
-        sightings: (0..3).filter(alive).map(|n| (name(n), sees(n))).collect(),
-        ..Observed::default()
-    }
-}
-
 proptest! {
-    /// However looks, executions, deaths and returns interleave: each term of a leader is
-    /// ended at most once, only one whose leader was gone when the decision was taken, and
-    /// never the term of a leader that came after the decision.
-    #[test]
-    fn at_most_one_deletion_takes_effect_and_never_without_its_guards(
-        acts in proptest::collection::vec(any_act(), 0..60),
-        standby in 0usize..3,
-    ) {
-        let mut store = Store { leader: Some((0, 1)), revision: 1 };
-        let (mut up, mut agents) = ([true; 3], [true; 3]);
-        let mut decided: [Option<(Decision, bool)>; 3] = [None, None, None];
-        let mut ended = BTreeMap::new();
-        for act in acts {
-            match act {
-                Act::Toggle(node) => up[node] = !up[node],
-                Act::ToggleAgent(node) => agents[node] = !agents[node],
-                Act::Look(node) if up[node] && agents[node] => {
-                    let guards = store.leader.is_some_and(|(leader, _)| {
-                        let others: Vec<usize> = (0..3).filter(|n| *n != leader).collect();
-                        !up[leader]
-                            && others.iter().all(|n| up[*n] && agents[*n])
-                            && standby != leader
-                    });
-                    decided[node] = Some((decide(&look(&store, up, agents, standby)), guards));
-                }
-                Act::Execute(node) if up[node] && agents[node] => {
-                    if let Some((Decision::Delete { leader, mod_revision, .. }, guards)) = decided[node].take() {
-                        prop_assert!(guards, "decided without its guards");
-                        let holder = store.leader.map(|(holder, _)| name(holder));
-                        if store.delete_at(mod_revision) {
-                            prop_assert_eq!(holder, Some(leader));
-                            *ended.entry(mod_revision).or_insert(0) += 1;
-                        }
-                    }
-                }
-                Act::Acquire(node) if up[node] => store.acquire(node),
-                _ => {}
-            }
-        }
-        prop_assert!(ended.values().all(|times| *times == 1));
-    }
-
     #[test]
     fn a_delete_names_what_was_observed(
         enabled in any::<bool>(), paused in any::<bool>(), pending in any::<bool>(),

@@ -21,6 +21,7 @@ fn cluster(zones: [&str; 3]) -> Cluster {
         ntp: Vec::new(),
         nodes: (1u8..).zip(zones).map(|(n, zone)| node(n, zone)).collect(),
         storage: None,
+        backup: None,
         external: Default::default(),
         tuning: Tuning::default(),
     }

@@ -34,6 +34,7 @@ pub fn list_checks(cluster: &Cluster) -> Vec<Check> {
     checks.push(check_zones(cluster));
     checks.extend([check_addresses(cluster), check_storage(cluster), check_time(cluster)]);
     checks.extend(list_external(cluster));
+    checks.extend(check_backup(cluster));
     checks.extend(list_open(cluster));
     checks
 }
@@ -148,7 +149,7 @@ fn check_storage(cluster: &Cluster) -> Check {
         }
         None => warn(
             "storage",
-            "no [storage]: media and backups lie on the nodes alone and are not highly available",
+            "no [storage]: media lie on the nodes alone and are not highly available",
         ),
     }
 }
@@ -171,9 +172,28 @@ fn list_external(cluster: &Cluster) -> Vec<Check> {
     checks
 }
 
+fn check_backup(cluster: &Cluster) -> Option<Check> {
+    if cluster.list_nodes(Role::Db).next().is_none() {
+        return None;
+    }
+    Some(match &cluster.backup {
+        None => warn("backup", "no [backup]: what all nodes lose together is lost for ever"),
+        Some(backup) => {
+            let place = match &backup.directory {
+                Some(directory) => format!("what is mounted at {directory} on the db nodes"),
+                None => "the bucket, encrypted".to_string(),
+            };
+            verify("backup", format!("weekly, daily and all the time, to {place}"))
+        }
+    })
+}
+
 fn check_time(cluster: &Cluster) -> Check {
     match cluster.ntp.as_slice() {
-        [] => warn("clocks", "no `ntp`: nothing keeps the nodes' clocks together"),
+        [] => warn(
+            "clocks",
+            "no `ntp`: the nodes' clocks agree with each other, but with nobody else's",
+        ),
         servers => verify("clocks", format!("kept by {}", servers.join(", "))),
     }
 }

@@ -40,6 +40,9 @@ pub struct Cluster {
     /// At least one, in the order of the file.
     pub nodes: Vec<Node>,
     pub storage: Option<ObjectStorage>,
+    /// Without it there are no backups.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backup: Option<Backup>,
     #[serde(default, skip_serializing_if = "External::is_empty")]
     pub external: External,
     pub tuning: Tuning,
@@ -69,6 +72,22 @@ pub struct ObjectStorage {
     pub endpoint: String,
     pub bucket: String,
     pub region: String,
+}
+
+/// Backups of the databases.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Backup {
+    /// Where they go: what is mounted at this path on every db node, below `/var`; without
+    /// it, the object storage.
+    pub directory: Option<String>,
+    /// Full backups that are kept, each with what came after it; at least one.
+    pub keep: u32,
+}
+
+impl Backup {
+    /// Of weekly full backups, a month.
+    pub const KEEP: u32 = 4;
 }
 
 /// What runs elsewhere, in place of the cluster's own.

@@ -14,6 +14,7 @@ pub enum Side {
     EveryNode,
     /// All machines of the cluster's network, among them nodes that join later.
     Network,
+    /// Everybody; of names (port 53) those whose addresses are private.
     Clients,
     Operator,
 }
@@ -48,7 +49,7 @@ const WEB: Side = Nodes(Role::Web);
 const EDGE: Side = Nodes(Role::Edge);
 
 /// Port (0 for none), protocol, to, from, purpose.
-const WAYS: [(u16, Protocol, Side, &[Side], &str); 19] = [
+const WAYS: [(u16, Protocol, Side, &[Side], &str); 20] = [
     (2379, Tcp, DB, &[Network], "etcd, for its clients"),
     (2380, Tcp, DB, &[DB], "etcd, among its members"),
     (5432, Tcp, DB, &[DB, WEB, EDGE], "PostgreSQL"),
@@ -62,11 +63,12 @@ const WAYS: [(u16, Protocol, Side, &[Side], &str); 19] = [
     (5434, Tcp, EDGE, &[Clients], "PostgreSQL: replicas"),
     (5435, Tcp, EDGE, &[Clients], "PostgreSQL: all that live"),
     (6379, Tcp, EDGE, &[Clients], "Redis: the master"),
-    (8404, Tcp, EDGE, &[Operator], "HAProxy's statistics"),
+    (8404, Tcp, EDGE, &[Network], "HAProxy's statistics"),
     (10001, Tcp, EDGE, &[EDGE], "HAProxy's shared tables"),
     (0, Vrrp, EDGE, &[EDGE], "who holds the VIP (unicast)"),
     (53, Udp, EDGE, &[EveryNode, Clients], "DNS of the cluster's domain"),
     (53, Tcp, EDGE, &[EveryNode, Clients], "DNS of the cluster's domain"),
+    (123, Udp, EveryNode, &[EveryNode], "time, among the nodes"),
     (7443, Tcp, EveryNode, &[EveryNode, Operator], "the agents"),
 ];
 

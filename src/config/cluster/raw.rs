@@ -20,6 +20,7 @@ pub(super) struct RawCluster {
     #[serde(default)]
     pub node: Vec<RawNode>,
     pub storage: Option<RawStorage>,
+    pub backup: Option<Spanned<RawBackup>>,
     #[serde(default)]
     pub external: RawExternal,
     pub certificate: Option<RawCertificate>,
@@ -67,6 +68,13 @@ pub(super) struct RawRedis {
     pub host: Text,
     pub port: Option<Spanned<u32>>,
     pub ca: Text,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table such as [backup]")]
+pub(super) struct RawBackup {
+    pub directory: Option<Text>,
+    pub keep: Option<Spanned<u32>>,
 }
 
 #[derive(Deserialize)]

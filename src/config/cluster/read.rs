@@ -11,8 +11,8 @@ use anyhow::{Context, Result};
 use super::raw::{RawCluster, RawExternal, RawTuning};
 use super::rules::{Fault, Place, check_rules};
 use super::{
-    CertificateFiles, Cluster, External, ExternalPostgres, ExternalRedis, Node, ObjectStorage,
-    Role, Tuning,
+    Backup, CertificateFiles, Cluster, External, ExternalPostgres, ExternalRedis, Node,
+    ObjectStorage, Role, Tuning,
 };
 use crate::config::Project;
 use crate::config::raw::Text;
@@ -98,6 +98,13 @@ fn read_values(source: &Source, raw: RawCluster, project: &Project) -> Result<Cl
             endpoint: storage.endpoint.into_inner(),
             bucket: storage.bucket.into_inner(),
             region: storage.region.into_inner(),
+        }),
+        backup: raw.backup.map(|backup| {
+            let backup = backup.into_inner();
+            Backup {
+                directory: backup.directory.map(Text::into_inner),
+                keep: backup.keep.map_or(Backup::KEEP, toml::Spanned::into_inner),
+            }
         }),
         external: read_external(source, &raw.external)?,
         tuning: read_tuning(source, &raw.tuning)?,
@@ -226,6 +233,12 @@ fn list_spans(raw: &RawCluster) -> BTreeMap<Place, Range<usize>> {
         put("storage.endpoint", 0, storage.endpoint.span());
         put("storage.bucket", 0, storage.bucket.span());
         put("storage.region", 0, storage.region.span());
+    }
+    if let Some(backup) = &raw.backup {
+        put("backup", 0, backup.span());
+        let inner = backup.get_ref();
+        inner.directory.iter().for_each(|text| put("backup.directory", 0, text.span()));
+        inner.keep.iter().for_each(|number| put("backup.keep", 0, number.span()));
     }
     if let Some(postgres) = &raw.external.postgres {
         put("external.postgres.host", 0, postgres.host.span());

@@ -67,6 +67,7 @@ pub fn check_rules(cluster: &Cluster) -> Checked {
     check_addresses(cluster)?;
     check_counts(cluster)?;
     cluster.storage.as_ref().map_or(Ok(()), check_storage)?;
+    check_backup(cluster)?;
     check_external(&cluster.external)?;
     check_tuning(&cluster.tuning)
 }
@@ -292,6 +293,37 @@ fn check_storage(storage: &ObjectStorage) -> Checked {
         return Err(Fault::new("storage.region", 0, what).help(help));
     }
     Ok(())
+}
+
+fn check_backup(cluster: &Cluster) -> Checked {
+    let Some(backup) = &cluster.backup else { return Ok(()) };
+    if !(1..=100).contains(&backup.keep) {
+        let what = format!("bad `backup.keep` `{}`", backup.keep);
+        return Err(Fault::new("backup.keep", 0, what).help("keep 1 to 100 full backups"));
+    }
+    let Some(directory) = &backup.directory else {
+        let help = "name the bucket in [storage], or a `directory` that is mounted on the nodes";
+        return match &cluster.storage {
+            None => Err(Fault::new("backup", 0, "there is no place for backups").help(help)),
+            Some(storage) if !storage.endpoint.starts_with("https://") => {
+                let what = "backups need a storage that speaks TLS";
+                Err(Fault::new("storage.endpoint", 0, what).help("write https://HOST"))
+            }
+            Some(_) => Ok(()),
+        };
+    };
+    let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"/-_.".contains(&b);
+    let is_fine = directory.len() <= 200
+        && directory.starts_with("/var/")
+        && directory.bytes().all(is_plain)
+        && directory.split('/').skip(1).all(|part| !matches!(part, "" | "." | ".."));
+    if is_fine {
+        return Ok(());
+    }
+    let what = format!("bad directory {}", quote(directory));
+    let why = "the system's own disk is read-only: only below /var something can be mounted";
+    let help = "write it like /var/backups/stanchion, with letters, digits, `-`, `_` and `.`";
+    Err(Fault::new("backup.directory", 0, what).why(why).help(help))
 }
 
 fn check_external(external: &External) -> Checked {

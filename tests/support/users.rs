@@ -53,6 +53,11 @@ impl<'h> Users<'h> {
         Ok(Digest::of(&shown[0]).to_string())
     }
 
+    /// The code of the answer to one request on a connection of its own.
+    pub fn ask(&self, address: Ipv4Addr) -> Result<u16, String> {
+        self.open(address)?.ask()
+    }
+
     /// Three who ask on a connection of their own for each request, one who keeps his.
     pub fn load(&self, address: Ipv4Addr) -> Load {
         let load = Load::default();

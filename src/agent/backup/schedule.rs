@@ -1,0 +1,147 @@
+//! When a backup is due, and the task that takes it where PostgreSQL's leader is.
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use super::archive::{judge_archive, look_at_archive};
+use super::info::Backup;
+use super::pgbackrest::read_info;
+use super::restore::read_record;
+use super::take::{Kind, expect_place, prepare_repository, read_clock, take};
+use crate::agent::operate::{Desk, Say};
+use crate::agent::patroni;
+
+const PAUSE: Duration = Duration::from_secs(20);
+/// The repository is asked what it has every so many looks.
+const ASK: u32 = 30;
+const DAY: u64 = 24 * 3600;
+/// A run that began a little later than the last must not be late by a day.
+const SLACK: u64 = 1800;
+/// A backup that is older than this is told.
+const OLD: u64 = 2 * DAY;
+/// What status calls it.
+const THING: &str = "backup";
+const ARCHIVE: &str = "archive";
+
+/// What is due: a full backup each week, a differential one each day.
+pub fn choose_due(now: u64, backups: &[Backup]) -> Option<Kind> {
+    let is_due = |last: Option<&Backup>, age: u64| {
+        last.is_none_or(|last| now.saturating_sub(last.start) + SLACK >= age)
+    };
+    if is_due(backups.iter().rev().find(|backup| backup.kind == "full"), 7 * DAY) {
+        return Some(Kind::Full);
+    }
+    is_due(backups.last(), DAY).then_some(Kind::Differential)
+}
+
+/// Take backups while this node is PostgreSQL's leader, for ever; tell what is wrong.
+pub async fn keep_backups(desk: Desk) {
+    if desk.seed.cluster.backup.is_none() {
+        desk.board.warn(THING, "no backups are made: the cluster file has no [backup]".into());
+        return;
+    }
+    let (mut looks, mut is_prepared) = (0, false);
+    loop {
+        tokio::time::sleep(PAUSE).await;
+        let leads = patroni::read_own(&desk.http, desk.entry.address)
+            .await
+            .is_ok_and(|own| own.role == "primary" && own.state == "running");
+        // A repository is the leader's to write; and none is written while one is read.
+        if !leads || !matches!(read_record(&desk).await, Ok(None)) {
+            desk.board.clear(THING);
+            desk.board.clear(ARCHIVE);
+            (looks, is_prepared) = (0, false);
+            continue;
+        }
+        match look(&desk, &mut is_prepared, looks % ASK == 0).await {
+            Ok(()) => desk.board.clear(THING),
+            Err(error) => {
+                let text = describe(&error);
+                desk.board.raise(THING, text);
+                is_prepared = false;
+            }
+        }
+        looks += 1;
+        tell_archive(&desk, is_prepared).await;
+    }
+}
+
+async fn look(desk: &Desk, is_prepared: &mut bool, ask: bool) -> Result<()> {
+    let stanza = desk.seed.cluster.name.as_str();
+    if !*is_prepared {
+        expect_place(desk)?;
+        prepare_repository(stanza).await?;
+        *is_prepared = true;
+    } else if !ask {
+        return Ok(());
+    }
+    let backups = read_info(stanza).await?.list_backups();
+    let now = read_clock()?;
+    if let Some(kind) = choose_due(now, &backups) {
+        Say::to_journal().say(format!("backup: a {kind:?} one is due"));
+        let taken = take(desk, kind, &Say::to_journal()).await;
+        let is_old = backups.last().is_none_or(|last| now.saturating_sub(last.stop) > OLD);
+        match taken {
+            // The cluster is busy with what the operator wants, perhaps.
+            Err(_) if !is_old => {}
+            taken => drop(taken?),
+        }
+    }
+    if let Some(last) = backups.last().filter(|last| last.damaged) {
+        anyhow::bail!("the backup {} found pages with wrong checksums", last.label);
+    }
+    Ok(())
+}
+
+fn describe(error: &anyhow::Error) -> String {
+    match error.downcast_ref::<crate::error::UserError>() {
+        Some(refusal) => match refusal.advice() {
+            Some(advice) => format!("{}; {advice}", refusal.summary()),
+            None => refusal.summary(),
+        },
+        None => format!("{error:#}"),
+    }
+}
+
+async fn tell_archive(desk: &Desk, is_prepared: bool) {
+    // A repository that cannot be had is told already.
+    match look_at_archive().await {
+        Ok(archive) if is_prepared => match judge_archive(&archive) {
+            Some(problem) => desk.board.raise(ARCHIVE, problem),
+            None => desk.board.clear(ARCHIVE),
+        },
+        _ => desk.board.clear(ARCHIVE),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn backup(kind: &str, start: u64) -> Backup {
+        Backup {
+            label: String::new(),
+            kind: kind.into(),
+            start,
+            stop: start + 60,
+            size: 0,
+            stored: 0,
+            damaged: false,
+        }
+    }
+
+    #[test]
+    fn a_full_backup_is_due_each_week_and_a_differential_one_each_day() {
+        assert_eq!(choose_due(0, &[]), Some(Kind::Full));
+        let full = backup("full", 1000);
+        assert_eq!(choose_due(1000 + DAY / 2, std::slice::from_ref(&full)), None);
+        assert_eq!(choose_due(1000 + DAY, std::slice::from_ref(&full)), Some(Kind::Differential));
+        let both = [full, backup("diff", 1000 + 6 * DAY)];
+        assert_eq!(choose_due(1000 + 6 * DAY + DAY / 2, &both), None);
+        assert_eq!(choose_due(1000 + 7 * DAY - SLACK, &both), Some(Kind::Full));
+        // A clock that went back makes nothing due.
+        assert_eq!(choose_due(0, &both), None);
+        assert_eq!(choose_due(9, &[backup("diff", 5)]), Some(Kind::Full));
+    }
+}

@@ -1,0 +1,128 @@
+//! Maintenance: a key in etcd. While it is there, edges ask users to wait, and workers take
+//! no jobs. It goes when the operator says so, or at the time that it names.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{Desk, Say};
+use crate::agent::board::log;
+use crate::agent::etcd::{KeyValue, Outcome};
+use crate::agent::registry::Registry;
+use crate::error::UserError;
+
+const PAUSE: Duration = Duration::from_secs(3);
+/// Bytes of a reason, which users may see.
+const REASON: usize = 300;
+
+/// What the key holds.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Maintenance {
+    /// Seconds since 1970, UTC.
+    pub since: u64,
+    /// When it ends by itself, likewise.
+    #[serde(default)]
+    pub until: Option<u64>,
+    /// Who has asked for it.
+    #[serde(default)]
+    pub by: String,
+    #[serde(default)]
+    pub reason: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "snake_case", tag = "do")]
+enum Wish {
+    On {
+        #[serde(default)]
+        reason: String,
+        seconds: Option<u64>,
+    },
+    Off,
+    Show,
+}
+
+fn name_key(registry: &Registry) -> String {
+    registry.key("maintenance", "").trim_end_matches('/').to_string()
+}
+
+/// Turn it on or off, or tell how it is; what holds then, or null.
+pub async fn maintain(desk: &Desk, body: Value, say: &Say) -> Result<Value> {
+    let wish: Wish = serde_json::from_value(body).context("reading what is wanted")?;
+    let key = name_key(&desk.registry);
+    match wish {
+        Wish::Show => {}
+        Wish::Off => desk.etcd.delete(&key).await?,
+        Wish::On { reason, seconds } => {
+            if reason.len() > REASON || reason.chars().any(char::is_control) {
+                return Err(UserError::new("that is no reason to show")
+                    .why(format!("it has control characters, or more than {REASON} bytes"))
+                    .into());
+            }
+            let now = read_clock()?;
+            let entry = desk.etcd.get(&key).await?;
+            let since = entry.and_then(|entry| read(&entry)).map_or(now, |old| old.since);
+            let until = seconds.map(|seconds| now.saturating_add(seconds));
+            let wanted = Maintenance { since, until, by: "the operator".to_string(), reason };
+            desk.etcd.put(&key, &serde_json::to_string(&wanted)?, None).await?;
+            say.say("edges ask users to wait from now on");
+        }
+    }
+    match desk.etcd.get(&key).await? {
+        None => Ok(json!({ "maintenance": null })),
+        Some(entry) => match read(&entry) {
+            Some(found) => Ok(json!({ "maintenance": found })),
+            None => bail!("what etcd holds about maintenance cannot be read; turn it off"),
+        },
+    }
+}
+
+fn read(entry: &KeyValue) -> Option<Maintenance> {
+    serde_json::from_str(&entry.value).ok()
+}
+
+/// Whether it is over by now.
+fn is_over(maintenance: &Maintenance, now: u64) -> bool {
+    maintenance.until.is_some_and(|until| until <= now)
+}
+
+/// End maintenance at its time, for ever; on every db node, so that one of them does.
+pub async fn end_in_time(desk: Desk) {
+    let key = name_key(&desk.registry);
+    loop {
+        tokio::time::sleep(PAUSE).await;
+        // What fails is done at the next look.
+        let Ok(Some(entry)) = desk.etcd.get(&key).await else { continue };
+        let Ok(now) = read_clock() else { continue };
+        if read(&entry).is_some_and(|found| is_over(&found, now))
+            && let Ok(Outcome::Done) = desk.etcd.delete_if(&key, entry.mod_revision, &[]).await
+        {
+            log("maintenance: its time is over");
+        }
+    }
+}
+
+fn read_clock() -> Result<u64> {
+    Ok(SystemTime::now().duration_since(UNIX_EPOCH).context("reading the clock")?.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn maintenance_ends_at_the_time_that_it_names() {
+        let mut maintenance: Maintenance = serde_json::from_str("{\"since\": 5}").unwrap();
+        assert!(!is_over(&maintenance, u64::MAX));
+        maintenance.until = Some(100);
+        assert!(!is_over(&maintenance, 99));
+        assert!(is_over(&maintenance, 100));
+    }
+
+    #[test]
+    fn the_key_is_the_clusters_own() {
+        assert_eq!(name_key(&Registry::new("c")), "/stanchion/c/maintenance");
+    }
+}
