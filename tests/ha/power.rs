@@ -7,8 +7,9 @@ use crate::ha::{Ha, WHOLE};
 
 /// Seconds from the start of the node with which there is a majority.
 const BOUND: f64 = 20.0;
-/// Where the leader of before is not there: its lease has to end, early or by itself.
-const BOUND_WITHOUT_LEADER: f64 = 30.0;
+/// Where the leader of before is not there, its lease has to end, early or by itself; where its
+/// standby is not, it has to choose another.
+const BOUND_OF_TWO: f64 = 30.0;
 
 /// Each time all are killed at once. Nobody says to a node what the others will do: one that
 /// comes first must neither give up nor begin anew.
@@ -22,10 +23,10 @@ pub fn lose_power_and_start_in_any_order(ha: &Ha, report: &mut Report) {
         ("power-off of all, old leader alone for 12 s", BOUND, |leader, [a, b]| {
             [(leader, 12), (*a, 1), (*b, 0)].map(own).to_vec()
         }),
-        ("power-off of all, old leader comes last", BOUND_WITHOUT_LEADER, |leader, [a, b]| {
+        ("power-off of all, old leader comes last", BOUND_OF_TWO, |leader, [a, b]| {
             [(*a, 0), (*b, AFTER_WRITES), (leader, 0)].map(own).to_vec()
         }),
-        ("power-off of all, one by one", BOUND, |leader, [a, b]| {
+        ("power-off of all, one by one", BOUND_OF_TWO, |leader, [a, b]| {
             [(*b, 8), (leader, 8), (*a, 0)].map(own).to_vec()
         }),
     ];

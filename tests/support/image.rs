@@ -107,6 +107,15 @@ fn prepare_as(
     if profile == "node" && netbox.is_none() {
         leave_web_out(&folder);
     }
+    if let Some(tarball) = netbox {
+        // Of whatever version it is.
+        let lock = Command::new(PROGRAM)
+            .args(["--quiet", "lock", "--project"])
+            .arg(&folder)
+            .arg("--artifact")
+            .arg(format!("netbox={}", tarball.display()));
+        lock.run().map_err(|error| format!("{error:#}"))?;
+    }
     let project = Project::find(&folder).unwrap();
     let loaded = project.load_profile(profile).unwrap();
     let fetch = || -> anyhow::Result<Vec<Tools>> {
