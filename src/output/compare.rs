@@ -33,7 +33,7 @@ pub struct Comparison {
 }
 
 /// One of the two images.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Side {
     /// Image and version, as its kernel has them.
     pub image: String,
@@ -128,12 +128,6 @@ struct Walk<'a> {
     new: &'a Erofs<'a>,
     sides: [Side; 2],
     files: Vec<FileChange>,
-}
-
-impl Default for Side {
-    fn default() -> Self {
-        Side { image: String::new(), bytes: 0, files: 0 }
-    }
 }
 
 impl Walk<'_> {
