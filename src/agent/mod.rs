@@ -4,6 +4,7 @@
 //! looking is decided by pure functions (`join`, `failover`, `ready`); elections are
 //! etcd's, Patroni's, Sentinel's and keepalived's.
 
+pub mod advice;
 pub mod apply;
 pub mod ask;
 pub mod backup;

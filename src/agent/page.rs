@@ -6,6 +6,7 @@ use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, UndefinedBehavior};
 use serde::Serialize;
 
+use super::advice::find_page;
 use super::table::{
     Remark, Row, TITLES, Table, count_ready, list_cells, list_problems, list_warnings,
 };
@@ -33,7 +34,20 @@ struct Fact {
 struct Remarks {
     title: &'static str,
     class: &'static str,
-    items: Vec<Remark>,
+    items: Vec<Alarm>,
+}
+
+#[derive(Serialize)]
+struct Alarm {
+    #[serde(flatten)]
+    remark: Remark,
+    /// The page that helps.
+    page: &'static str,
+}
+
+fn advise(remarks: Vec<Remark>) -> Vec<Alarm> {
+    let advise = |remark: Remark| Alarm { page: find_page(&remark.text), remark };
+    remarks.into_iter().map(advise).collect()
 }
 
 /// What the template sees.
@@ -77,8 +91,8 @@ pub fn write_page(table: &Table, vip: Option<&str>, asked: &str, now: u64) -> Re
     let rows: Vec<Line> =
         table.nodes.iter().map(|row| Line { ready: row.ready, cells: list_cells(row) }).collect();
     let remarks = [
-        Remarks { title: "Not ready", class: "problems", items: list_problems(table) },
-        Remarks { title: "Warnings", class: "warnings", items: list_warnings(table) },
+        Remarks { title: "Not ready", class: "problems", items: advise(list_problems(table)) },
+        Remarks { title: "Warnings", class: "warnings", items: advise(list_warnings(table)) },
     ];
     let verdict = match (table.ready, table.single) {
         (true, _) => Verdict { class: "ready", short: "Ready", long: "Ready".to_string() },

@@ -23,6 +23,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
+use super::advice::read_page;
 use super::board::{Board, Status, StepOutcome, log};
 use super::join_act::answer_bootstrap;
 use super::node::Node;
@@ -95,6 +96,7 @@ pub async fn serve(node: &Node) -> Result<()> {
     let all = health
         .clone()
         .route("/", get(show_page))
+        .route("/help/{page}", get(show_help))
         .route("/status", get(tell_status))
         .route("/bootstrap", get(tell_bootstrap))
         .route("/metrics", get(tell_metrics))
@@ -224,6 +226,14 @@ async fn tell_ready(State(answers): State<Answers>) -> Response {
 
 async fn tell_status(State(answers): State<Answers>) -> Json<Page> {
     Json(make_page(&answers.board, Some(&answers.registry)))
+}
+
+/// What to do at night, as it is written in the documents.
+async fn show_help(Path(page): Path<String>) -> Response {
+    match read_page(page.trim_end_matches(".md")) {
+        Some(text) => ([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], text).into_response(),
+        None => StatusCode::NOT_FOUND.into_response(),
+    }
 }
 
 /// The cluster at a glance, for a browser.
