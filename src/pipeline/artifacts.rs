@@ -9,7 +9,7 @@ use super::source::Source;
 use crate::config::profile::Profile;
 use crate::digest::Digest;
 use crate::error::{UserError, exit_code, find_nearest};
-use crate::fetch::Download;
+use crate::fetch::{Download, Vanished};
 use crate::lock::{ArtifactRequest, Lock};
 use crate::store::Scratch;
 
@@ -207,7 +207,6 @@ pub fn fetch(source: &Source, profile: &Profile, lock: &Lock) -> Result<()> {
 }
 
 fn explain_unfetched(name: &str, download: &Download, error: anyhow::Error) -> anyhow::Error {
-    use crate::fetch::Vanished;
     let why = match error.downcast_ref::<Vanished>() {
         Some(_) => format!("there is no such file (any more): {}", download.urls.join(", ")),
         None if exit_code(&error) == 2 => error

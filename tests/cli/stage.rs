@@ -69,7 +69,7 @@ fn a_stage_keeps_what_it_is_told_and_runs_again_only_for_what_went_into_it() {
     assert!(read(version).contains("erofs-utils"), "{}", read(version));
     assert_eq!(find_trees(&project, "usr/share/made").len(), 1);
     for gone in ["usr/bin/mkfs.erofs", "opt/lost", "usr/share/recipe", "usr/share/doc/liblz4-1"] {
-        assert_eq!(find_trees(&project, gone), [PathBuf::new(); 0], "{gone}");
+        assert!(find_trees(&project, gone).is_empty(), "{gone}");
     }
     let recipe = version.with_file_name("recipe");
     assert_eq!(read(&recipe), "flour\n");
