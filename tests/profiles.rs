@@ -2,6 +2,9 @@
 
 #[path = "support/apt.rs"]
 mod apt;
+#[allow(dead_code, reason = "other tests leave parts out")]
+#[path = "support/copy.rs"]
+mod copy;
 #[path = "profiles/locking.rs"]
 mod locking;
 #[path = "profiles/shipped.rs"]
@@ -14,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use copy::copy_project;
 use stanchion::command::Command;
 use stanchion::debian::index::parse_packages;
 use stanchion::debian::mirror::{Mirror, Places};
@@ -47,9 +51,7 @@ struct Ended {
 impl Copy {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        for name in ["profiles", "layers", "stanchion.lock"] {
-            copy(&root().join(name), &directory.path().join(name));
-        }
+        copy_project(directory.path());
         Copy { directory, cache: None }
     }
 
@@ -103,21 +105,6 @@ impl Copy {
         let ended = self.run(args);
         assert_eq!(ended.code, Some(2), "{args:?}: {}", ended.text);
         ended.text
-    }
-}
-
-fn copy(from: &Path, to: &Path) {
-    let kind = fs::symlink_metadata(from).unwrap().file_type();
-    if kind.is_symlink() {
-        std::os::unix::fs::symlink(fs::read_link(from).unwrap(), to).unwrap();
-    } else if kind.is_dir() {
-        fs::create_dir(to).unwrap();
-        for entry in fs::read_dir(from).unwrap() {
-            let name = entry.unwrap().file_name();
-            copy(&from.join(&name), &to.join(&name));
-        }
-    } else {
-        fs::copy(from, to).unwrap();
     }
 }
 

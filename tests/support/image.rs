@@ -1,7 +1,7 @@
 //! Real images: built by the program itself over the user's own store, once for all tests
 //! that look at them, with the tools to look.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -15,6 +15,12 @@ use stanchion::pipeline::{FetchOptions, Manifest, Source, prepare_lock, provide_
 use stanchion::progress::{Mode, Progress};
 use stanchion::sandbox::Sandbox;
 use stanchion::tools::{Tools, set};
+
+#[path = "copy.rs"]
+mod copy;
+
+pub use copy::copy_project;
+use copy::leave_web_out;
 
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_stanchion");
 pub const PROFILE: &str = "db";
@@ -145,46 +151,6 @@ fn prepare_as(
     done.unwrap_or_else(|error| panic!("{error:?}"));
     let manifest = Manifest::load(&out, profile).unwrap();
     Ok(Image { manifest, raw: out.join(format!("{profile}.raw")), tools })
-}
-
-/// Copy what a build reads of the repository.
-pub fn copy_project(to: &Path) {
-    let from = Path::new(env!("CARGO_MANIFEST_DIR"));
-    if to.exists() {
-        fs::remove_dir_all(to).unwrap();
-    }
-    fs::create_dir_all(to).unwrap();
-    for name in ["layers", "profiles", "stanchion.lock"] {
-        copy_tree(&from.join(name), &to.join(name));
-    }
-}
-
-/// Layers of the role web in the profile `node`.
-const WEB_LAYERS: [&str; 3] = ["web-proxy", "nginx", "netbox"];
-
-/// Take the role web from the profile `node` of a copy.
-fn leave_web_out(folder: &Path) {
-    let path = folder.join("profiles/node.toml");
-    let text = fs::read_to_string(&path).unwrap();
-    let is_web = |line: &str| WEB_LAYERS.iter().any(|layer| line.trim() == format!("\"{layer}\","));
-    let kept: Vec<&str> = text.lines().filter(|line| !is_web(line)).collect();
-    assert_eq!(kept.len() + WEB_LAYERS.len(), text.lines().count(), "{text}");
-    fs::write(&path, kept.join("\n") + "\n").unwrap();
-}
-
-fn copy_tree(from: &Path, to: &Path) {
-    let kind = fs::symlink_metadata(from).unwrap();
-    if kind.is_symlink() {
-        std::os::unix::fs::symlink(fs::read_link(from).unwrap(), to).unwrap();
-    } else if kind.is_dir() {
-        fs::create_dir(to).unwrap();
-        for entry in fs::read_dir(from).unwrap() {
-            let name = entry.unwrap().file_name();
-            copy_tree(&from.join(&name), &to.join(&name));
-        }
-    } else {
-        fs::copy(from, to).unwrap();
-    }
 }
 
 /// The partition with this label.

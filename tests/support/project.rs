@@ -1,5 +1,9 @@
 //! The program as a user starts it: in a project of its own, with a store of its own.
 
+#[allow(dead_code, reason = "other tests copy whole projects")]
+#[path = "copy.rs"]
+mod copy;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,6 +11,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use copy::copy_tree;
 use stanchion::lock::{Lock, LockedSet, SetRequest};
 use tempfile::TempDir;
 
@@ -300,11 +305,6 @@ fn link_files(from: &Path, to: &Path) {
             fs::copy(entry.path(), &to).unwrap();
         }
     }
-}
-
-fn copy_tree(from: &Path, to: &Path) {
-    let copied = Command::new("cp").args(["-a", "--no-target-directory"]).args([from, to]).status();
-    assert!(copied.unwrap().success());
 }
 
 /// The files of a folder with their content's digests, for comparing.
