@@ -104,6 +104,26 @@ fn every_link_leads_to_a_file_and_a_heading() {
     }
 }
 
+/// Targets of a document's links to other files, and the blocks of its commands.
+fn list_content(name: &str) -> (Vec<String>, Vec<String>) {
+    let text = fs::read_to_string(root().join(name)).unwrap();
+    let links = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+    let links = links.filter(|link| !link.starts_with('#') && !link.starts_with("README"));
+    let blocks = text.split("```").skip(1).step_by(2);
+    (links.map(str::to_string).collect(), blocks.map(str::to_string).collect())
+}
+
+#[test]
+fn the_readme_says_the_same_in_both_languages() {
+    let (english, russian) = (list_content("README.md"), list_content("README.ru.md"));
+    assert_eq!(english, russian);
+    let headings = |name: &str| {
+        let text = fs::read_to_string(root().join(name)).unwrap();
+        list_lines(&text).filter(|(inside, line)| !inside && line.starts_with('#')).count()
+    };
+    assert_eq!(headings("README.md"), headings("README.ru.md"));
+}
+
 /// Words of a command as a document shows it, without what explains it: a remark after `#`
 /// or two blanks, a pipe, a redirection.
 fn split_command(line: &str) -> Vec<String> {
