@@ -12,6 +12,9 @@ use super::registry::{Maintenance, Registration};
 /// Two of two Sentinels agree on nothing when one is dead.
 const SENTINELS: u64 = 3;
 
+/// What a cluster of one node always says.
+pub const SINGLE: &str = "not HA: this is a development cluster of one node";
+
 /// What the local services and the registry said last. `None`: it does not answer.
 #[derive(Debug, Clone, Default)]
 pub struct Observed {
@@ -105,7 +108,7 @@ fn describe_maintenance(maintenance: &Maintenance) -> String {
 
 fn judge_cluster(cluster: &Cluster, seen: &Observed, reasons: &mut Vec<String>) {
     if cluster.is_single() {
-        reasons.push("not HA: this is a development cluster of one node".to_string());
+        reasons.push(SINGLE.to_string());
         return;
     }
     let zones: BTreeSet<&str> =

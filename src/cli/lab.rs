@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 
 use super::{Context, FetchArgs};
-use crate::config::cluster::{Cluster, Ipv4Network};
+use crate::agent::ready;
+use crate::config::cluster::{Cluster, Ipv4Network, Role};
 use crate::config::profile::Profile;
 use crate::config::{Format, Project};
 use crate::error::UserError;
@@ -247,7 +248,8 @@ fn start_all(context: &Context, lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// Wait until every node says that it is ready, and show meanwhile what each is at.
+/// Wait until every node says that it is ready, or that it lacks nothing but others, and show
+/// meanwhile what each is at.
 fn wait_until_ready(context: &Context, lab: &Lab) -> Result<()> {
     let step = context.progress.begin("cluster");
     let began = Instant::now();
@@ -255,7 +257,7 @@ fn wait_until_ready(context: &Context, lab: &Lab) -> Result<()> {
         let mut waits = Vec::new();
         for node in lab.list_nodes() {
             match lab.ask_agent(node)? {
-                Some(page) if page.status.ready => {}
+                Some(page) if page.status.ready || page.status.reasons == [ready::SINGLE] => {}
                 Some(page) => {
                     let reason = page.status.reasons.first().cloned().unwrap_or_default();
                     waits.push(format!("{node} ({}): {reason}", page.status.phase.name()));
@@ -282,6 +284,11 @@ fn wait_until_ready(context: &Context, lab: &Lab) -> Result<()> {
 /// Where clients of this machine find the cluster.
 fn show_services(context: &Context, lab: &Lab, cluster: &Cluster) {
     let Some(vip) = cluster.vip else { return };
+    if cluster.list_nodes(Role::Web).next().is_some() {
+        context.progress.note(&format!(
+            "NetBox: https://{vip}/ for the user admin, whose password is netbox_admin in secrets.toml"
+        ));
+    }
     context.progress.note(&format!(
         "VIP {vip}: PostgreSQL 5433 (leader), 5434 (replicas), 5435 (all); Redis 6379; names 53; web 443\n\
          passwords, CA and the operator's certificate: {}",
