@@ -8,6 +8,7 @@ pub mod digest;
 pub mod error;
 pub mod files;
 pub mod progress;
+pub mod timings;
 
 pub mod debian;
 pub mod template;

@@ -3,6 +3,8 @@
 
 #[path = "cli/artifacts.rs"]
 mod artifacts;
+#[path = "cli/explain.rs"]
+mod explain;
 #[path = "cli/faces.rs"]
 mod faces;
 #[path = "cli/hostile.rs"]

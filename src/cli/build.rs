@@ -1,4 +1,5 @@
 use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::{Result, anyhow};
 
@@ -7,12 +8,14 @@ use crate::config::Format;
 use crate::error::UserError;
 use crate::pipeline;
 use crate::progress::{format_bytes, print_line};
+use crate::timings::{find_critical_path, show_timings};
 
 /// Build images: all shipped profiles, or those that are named
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   stanchion build db                       out/db.raw, out/db.qcow2, out/db.manifest.json
   stanchion build db --format raw          only the raw disk
+  stanchion build db --timings             which steps took how long
   stanchion build --locked --offline       exactly the lock, nothing from the network
   stanchion build web --artifact netbox=netbox.tar.gz
                                            with this file instead of a download")]
@@ -29,6 +32,9 @@ pub struct Args {
     /// Fail rather than change the lock
     #[arg(long)]
     locked: bool,
+    /// Show what each step took, and which of them the build waited for
+    #[arg(long)]
+    timings: bool,
     /// Open a shell in the layer where a command fails
     #[arg(long)]
     debug_shell: bool,
@@ -39,6 +45,7 @@ pub struct Args {
 }
 
 pub fn run(context: &Context, args: Args) -> Result<()> {
+    let began = Instant::now();
     let project = context.find_project()?;
     let names = match args.profiles.is_empty() {
         true => project.list_profiles()?,
@@ -54,6 +61,9 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
     };
     let built = pipeline::build(&project, &names, &options, &context.progress)?;
 
+    if args.timings {
+        show_steps(context, began.elapsed().as_secs_f64());
+    }
     let all = built.len();
     let mut failed = Vec::new();
     for (name, outcome) in built {
@@ -78,6 +88,21 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
                 Err(UserError::new(text).why(list.join("\n")).into())
             }
         }
+    }
+}
+
+fn show_steps(context: &Context, total: f64) {
+    let steps = context.progress.step_times();
+    match context.json {
+        true => {
+            let critical: Vec<&str> =
+                find_critical_path(&steps).into_iter().map(|step| step.step.as_str()).collect();
+            let event = serde_json::json!({
+                "event": "timings", "seconds": total, "steps": steps, "critical": critical
+            });
+            print_line(&event.to_string());
+        }
+        false => print_line(&show_timings(&steps, total)),
     }
 }
 

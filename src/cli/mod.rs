@@ -6,6 +6,7 @@ mod build;
 mod cluster;
 mod diff;
 mod doctor;
+mod explain;
 mod inspect;
 mod lab;
 mod lock;
@@ -65,6 +66,7 @@ enum Verb {
     Diff(diff::Args),
     Profile(profile::Args),
     Why(why::Args),
+    Explain(explain::Args),
     Cluster(cluster::Args),
     Seed(seed::Args),
     Status(status::Args),
@@ -148,6 +150,7 @@ pub fn run() -> ExitCode {
         Verb::Diff(args) => diff::run(&context, args),
         Verb::Profile(args) => profile::run(&context, args),
         Verb::Why(args) => why::run(&context, args),
+        Verb::Explain(args) => explain::run(&context, args),
         Verb::Cluster(args) => cluster::run(&context, args),
         Verb::Seed(args) => seed::run(&context, args),
         Verb::Status(args) => match status::run(&context, args) {

@@ -1,9 +1,7 @@
 use anyhow::Result;
 
 use super::{Context, FetchArgs};
-use crate::error::UserError;
-use crate::lock::Lock;
-use crate::pipeline::{self, Source, explain_presence};
+use crate::pipeline::{Source, explain_presence};
 use crate::progress::print_line;
 
 /// Show why a package is in a profile's images
@@ -19,12 +17,8 @@ pub struct Args {
 pub fn run(context: &Context, args: Args) -> Result<()> {
     let project = context.find_project()?;
     let profile = project.load_profile(&args.profile)?;
-    let path = pipeline::lock_path(&project);
-    let lock = Lock::load(&path)?.ok_or_else(|| {
-        UserError::new("nothing is locked yet").in_file(&path).help("run `stanchion lock` first")
-    })?;
     let source = Source::open(&args.fetch.into(), &context.progress)?;
-    for presence in explain_presence(&source, &lock, &profile, &args.package)? {
+    for presence in explain_presence(&project, &source, &profile, &args.package)? {
         match context.json {
             true => print_line(&serde_json::to_string(&presence)?),
             false => print_line(presence.to_string().trim_end()),

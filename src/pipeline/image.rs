@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use super::explain::Record;
 use super::layers::Diff;
 use super::locking;
 use super::manifest::Description;
@@ -15,7 +16,7 @@ use super::unpacked::{self, unpack};
 use crate::config::layer::Layer;
 use crate::config::profile::Profile;
 use crate::debian::release::format_date;
-use crate::digest::{Digest, Key};
+use crate::digest::Key;
 use crate::disk::erofs::{self, Layout};
 use crate::disk::esp::{Content, EspFile};
 use crate::disk::guid::Guid;
@@ -30,7 +31,7 @@ use crate::tools::Tools;
 /// Raised when a step would make other bytes from the same inputs.
 const INITRD_VERSION: u32 = 3;
 /// Of everything after the layers and the initrd.
-pub const IMAGE_VERSION: u32 = 3;
+const IMAGE_VERSION: u32 = 3;
 
 /// A boot is tried so often before systemd-boot falls back to the other slot.
 const BOOT_TRIES: u32 = 3;
@@ -42,15 +43,40 @@ pub struct ImageBuilder<'a> {
 }
 
 impl ImageBuilder<'_> {
-    /// The initrd of the profile, from the store or made; with the key it depends on.
-    pub fn build_initrd(&self, profile: &Profile, diffs: &[Diff]) -> Result<(PathBuf, Digest)> {
+    /// The keys of a build: of the layers' diffs, of the initrd, and of all that goes into
+    /// the image.
+    pub fn describe_image(
+        &self,
+        profile: &Profile,
+        layers: Vec<(String, Key)>,
+        initrd: Key,
+    ) -> Record {
+        let mut key = Key::new("image", IMAGE_VERSION);
+        key.add("profile", &profile.name);
+        key.add("description", &profile.description);
+        key.add("epoch", self.lock.epoch.to_string());
+        key.add("disk", format!("{:?}", profile.disk));
+        key.add("cmdline", profile.cmdline.join(" "));
+        key.add("tools", self.tools.name());
+        key.add("initrd", initrd.digest().as_bytes());
+        for (name, layer) in &layers {
+            key.add(name, layer.digest().as_bytes());
+        }
+        Record { layers, initrd, image: key }
+    }
+
+    /// The name of the diff in which the profile's kernel is.
+    pub fn name_kernel(&self, profile: &Profile) -> Result<String> {
+        Ok(format!("{} packages", find_initrd_layer(profile)?.name))
+    }
+
+    /// The inputs of the profile's initrd; `kernel` is the key of the diff with the kernel.
+    pub fn describe_initrd(&self, profile: &Profile, kernel: &Key) -> Result<Key> {
         let layer = find_initrd_layer(profile)?;
         let Some(config) = &layer.initrd else { anyhow::bail!("a layer with an initrd has one") };
-        let kernel = find_kernel(diffs, layer)?;
         let set = sets::name_initrd_set(&layer.name);
-
         let mut key = Key::new("initrd", INITRD_VERSION);
-        key.add("kernel", kernel.key.digest().as_bytes());
+        key.add("kernel", kernel.digest().as_bytes());
         key.add("tools", self.tools.name());
         key.add("epoch", self.lock.epoch.to_string());
         key.add("unpacked", unpacked::VERSION.to_string());
@@ -59,16 +85,29 @@ impl ImageBuilder<'_> {
             key.add("module", name);
         });
         place(profile, &config.files, None, &mut key)?;
+        Ok(key)
+    }
+
+    /// The initrd of this key, if the store has it.
+    pub fn find_initrd(&self, key: &Key) -> Option<PathBuf> {
+        let entry = self.source.store.find_entry("initrd", &key.digest())?;
+        Some(entry.join("initrd.cpio.zst")).filter(|archive| archive.is_file())
+    }
+
+    /// The initrd of the profile, from the store or made; with the key it depends on.
+    pub fn build_initrd(&self, profile: &Profile, diffs: &[Diff]) -> Result<(PathBuf, Key)> {
+        let layer = find_initrd_layer(profile)?;
+        let Some(config) = &layer.initrd else { anyhow::bail!("a layer with an initrd has one") };
+        let kernel = find_kernel(diffs, layer)?;
+        let set = sets::name_initrd_set(&layer.name);
+        let key = self.describe_initrd(profile, &kernel.key)?;
         let digest = key.digest();
         let step = self.source.progress.begin("initrd");
-        if let Some(entry) = self.source.store.find_entry("initrd", &digest) {
-            let archive = entry.join("initrd.cpio.zst");
-            if archive.is_file() {
-                step.finish_cached("");
-                return Ok((archive, digest));
-            }
-            self.source.store.discard_entry("initrd", &digest)?;
+        if let Some(archive) = self.find_initrd(&key) {
+            step.finish_cached("");
+            return Ok((archive, key));
         }
+        self.source.store.discard_entry("initrd", &digest)?;
         let scratch = self.source.store.make_scratch("initrd")?;
         let root = scratch.path().join("root");
         fs::create_dir(&root).context("making the initrd's root")?;
@@ -84,7 +123,7 @@ impl ImageBuilder<'_> {
         let size = fs::metadata(&archive)?.len();
         let entry = self.source.store.commit_entry("initrd", &digest, scratch)?;
         step.finish(crate::progress::format_bytes(size));
-        Ok((entry.join("initrd.cpio.zst"), digest))
+        Ok((entry.join("initrd.cpio.zst"), key))
     }
 
     /// Assemble the raw disk at `out`.

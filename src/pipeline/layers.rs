@@ -19,7 +19,7 @@ use crate::config::tree::TreeFile;
 use crate::digest::{Digest, Key};
 use crate::disk::guid::Guid;
 use crate::disk::{erofs, verity};
-use crate::lock::{self, Lock};
+use crate::lock::{self, Lock, LockedPackage};
 use crate::progress::Step;
 use crate::rootfs::accounts::{Account, UserFields};
 use crate::rootfs::layer::{Artifact, Common, Deb, FilesJob, PackagesJob, Sealed, StandIn};
@@ -75,18 +75,39 @@ pub(super) struct Below {
 }
 
 impl Below {
-    fn push(&mut self, diff: &Diff) {
-        self.trees.push(diff.tree.clone());
-        self.key = Some(diff.key.digest());
+    fn push(&mut self, key: &Key, tree: PathBuf) {
+        self.trees.push(tree);
+        self.key = Some(key.digest());
     }
 
     /// As [`Below::push`], for a diff whose own key says nothing of what lies below it.
-    fn push_stage(&mut self, diff: &Diff) {
+    fn push_stage(&mut self, stage: &Key, tree: PathBuf) {
         let mut key = Key::new("over", 1);
         key.add("below", self.key.map(|key| key.to_string()).unwrap_or_default());
-        key.add("build", diff.key.digest().as_bytes());
-        self.trees.push(diff.tree.clone());
-        self.key = Some(key.digest());
+        key.add("build", stage.digest().as_bytes());
+        self.push(&key, tree);
+    }
+}
+
+/// Describes the sandbox's work, given a scratch folder.
+pub(super) type Describe<'a> = Box<dyn FnOnce(&Path, &Step) -> Result<(&'static str, Value)> + 'a>;
+
+/// A diff of which the inputs are known, and how to make it.
+pub(super) struct Planned<'a> {
+    pub layer: &'a Layer,
+    /// `packages`, `build` or `files`.
+    pub what: &'static str,
+    pub key: Key,
+    pub below: &'a Below,
+    /// What it is made of.
+    pub packages: Vec<&'a LockedPackage>,
+    pub describe: Describe<'a>,
+}
+
+impl Planned<'_> {
+    /// `postgres packages`
+    pub fn name(&self) -> String {
+        format!("{} {}", self.layer.name, self.what)
     }
 }
 
@@ -94,34 +115,79 @@ impl LayerBuilder<'_> {
     /// All diffs of the profile, bottom first.
     pub fn build(&self, profile: &Profile) -> Result<Vec<Diff>> {
         let mut diffs = Vec::new();
+        self.walk(profile, |planned| {
+            let diff = self.provide(planned)?;
+            let tree = diff.tree.clone();
+            diffs.push(diff);
+            Ok(tree)
+        })?;
+        Ok(diffs)
+    }
+
+    /// Names and keys of all diffs of the profile, bottom first; nothing is built.
+    pub fn list_keys(&self, profile: &Profile) -> Result<Vec<(String, Key)>> {
+        let mut keys = Vec::new();
+        self.walk(profile, |planned| {
+            keys.push((planned.name(), planned.key));
+            Ok(PathBuf::new())
+        })?;
+        Ok(keys)
+    }
+
+    /// Whether the store has the diff of this key, whole.
+    pub fn has(&self, key: &Key) -> bool {
+        let entry = self.source.store.find_entry("layer", &key.digest());
+        entry.is_some_and(|entry| {
+            open_diff(String::new(), String::new(), key.clone(), &entry).is_ok()
+        })
+    }
+
+    /// Visit all diffs in the order in which they lie on each other. `visit` tells where the
+    /// diff's tree is.
+    fn walk(
+        &self,
+        profile: &Profile,
+        mut visit: impl FnMut(Planned<'_>) -> Result<PathBuf>,
+    ) -> Result<()> {
+        let mut lay = |planned: Option<Planned<'_>>| {
+            let laid = planned.map(|planned| {
+                let key = planned.key.clone();
+                anyhow::Ok((key, visit(planned)?))
+            });
+            laid.transpose()
+        };
         let mut below = Below::default();
         let mut belows = vec![below.clone()];
         for (index, layer) in profile.layers.iter().enumerate() {
             below.exclude = layer.exclude.clone();
             below.accounts.extend(list_accounts(layer));
-            let set = sets::name_layer_set(profile, index);
-            let packages = self.build_packages(profile, layer, &set, &below)?;
-            packages.iter().for_each(|diff| below.push(diff));
-            diffs.extend(packages);
-            let stage = self.build_stage(profile, index, &belows)?;
-            stage.iter().for_each(|diff| below.push_stage(diff));
-            diffs.extend(stage);
-            let files = self.build_files(profile, layer, &below)?;
-            files.iter().for_each(|diff| below.push(diff));
-            diffs.extend(files);
+            let laid = lay(self.plan_packages(profile, index, &below)?)?;
+            if let Some((key, tree)) = laid {
+                below.push(&key, tree);
+            }
+            if let Some(under) = self.find_below_stage(profile, index, &belows)
+                && let Some((key, tree)) = lay(self.plan_stage(profile, index, &under)?)?
+            {
+                below.push_stage(&key, tree);
+            }
+            let laid = lay(self.plan_files(profile, layer, &below)?)?;
+            if let Some((key, tree)) = laid {
+                below.push(&key, tree);
+            }
             belows.push(below.clone());
         }
-        Ok(diffs)
+        Ok(())
     }
 
-    fn build_packages(
-        &self,
-        profile: &Profile,
-        layer: &Layer,
-        set: &str,
-        below: &Below,
-    ) -> Result<Option<Diff>> {
-        let packages = self.lock.list_set(set)?;
+    fn plan_packages<'a>(
+        &'a self,
+        profile: &'a Profile,
+        index: usize,
+        below: &'a Below,
+    ) -> Result<Option<Planned<'a>>> {
+        let layer = &profile.layers[index];
+        let set = sets::name_layer_set(profile, index);
+        let packages = self.lock.list_set(&set)?;
         if packages.is_empty() && layer.skeleton.is_empty() && list_accounts(layer).is_empty() {
             return Ok(None);
         }
@@ -132,32 +198,47 @@ impl LayerBuilder<'_> {
         });
         place(profile, &layer.skeleton, None, &mut key)?;
 
-        self.provide(layer, "packages", key, below, |scratch, _| {
+        let debs = packages.clone();
+        let describe = move |scratch: &Path, _: &Step| {
             let skeleton = place(profile, &layer.skeleton, Some(scratch), &mut Key::default())?;
             let job = PackagesJob {
                 common: self.describe_common(layer, below, scratch),
-                debs: packages
-                    .iter()
-                    .map(|package| Deb {
-                        name: package.name.clone(),
-                        path: self.source.store.file_path(&package.sha256),
-                        installed_size: package.installed_size,
-                    })
-                    .collect(),
+                debs: self.describe_debs(&debs),
                 skeleton,
                 stand_in: (!layer.provides.is_empty()).then(|| StandIn {
-                    name: lock::name_stand_in(set),
+                    name: lock::name_stand_in(&set),
                     provides: layer.provides.clone(),
                 }),
                 threads: self.source.threads,
             };
             Ok((PACKAGES_JOB, serde_json::to_value(job)?))
-        })
-        .map_err(|error| self.source.explain_rot(&packages, error))
-        .map(Some)
+        };
+        Ok(Some(Planned {
+            layer,
+            what: "packages",
+            key,
+            below,
+            packages,
+            describe: Box::new(describe),
+        }))
     }
 
-    fn build_files(&self, profile: &Profile, layer: &Layer, below: &Below) -> Result<Option<Diff>> {
+    /// Packages of the store, as the sandbox takes them.
+    pub(super) fn describe_debs(&self, packages: &[&LockedPackage]) -> Vec<Deb> {
+        let describe = |package: &&LockedPackage| Deb {
+            name: package.name.clone(),
+            path: self.source.store.file_path(&package.sha256),
+            installed_size: package.installed_size,
+        };
+        packages.iter().map(describe).collect()
+    }
+
+    fn plan_files<'a>(
+        &'a self,
+        profile: &'a Profile,
+        layer: &'a Layer,
+        below: &'a Below,
+    ) -> Result<Option<Planned<'a>>> {
         let units = &layer.units;
         let files: Vec<TreeFile> = layer.files.iter().chain(&layer.boot).cloned().collect();
         // With a build stage the artifacts belong to it.
@@ -190,7 +271,7 @@ impl LayerBuilder<'_> {
             key.add("command", command);
         });
 
-        self.provide(layer, "files", key, below, |scratch, _| {
+        let describe = move |scratch: &Path, _: &Step| {
             let mut artifacts = describe_artifacts(self.source, own_artifacts);
             if let Some(program) = &program {
                 artifacts.push(describe_agent(program, scratch)?);
@@ -205,8 +286,9 @@ impl LayerBuilder<'_> {
                 commands: layer.commands.clone(),
             };
             Ok((FILES_JOB, serde_json::to_value(job)?))
-        })
-        .map(Some)
+        };
+        let describe = Box::new(describe);
+        Ok(Some(Planned { layer, what: "files", key, below, packages: Vec::new(), describe }))
     }
 
     pub(super) fn begin_key(&self, step: &str, version: u32, layer: &Layer, below: &Below) -> Key {
@@ -239,20 +321,15 @@ impl LayerBuilder<'_> {
         }
     }
 
-    /// The diff of `key` from the store, or the sandbox's work on the job.
-    pub(super) fn provide(
-        &self,
-        layer: &Layer,
-        what: &str,
-        key: Key,
-        below: &Below,
-        describe: impl FnOnce(&Path, &Step) -> Result<(&'static str, Value)>,
-    ) -> Result<Diff> {
-        let name = format!("{} {what}", layer.name);
+    /// The diff from the store, or made by the sandbox and stored.
+    fn provide(&self, planned: Planned<'_>) -> Result<Diff> {
+        let name = planned.name();
+        let Planned { layer, key, below, packages, describe, .. } = planned;
         let step = self.source.progress.begin(&name);
         let digest = key.digest();
+        let open = |entry: &Path| open_diff(name.clone(), layer.name.clone(), key.clone(), entry);
         if let Some(entry) = self.source.store.find_entry("layer", &digest) {
-            if let Ok(diff) = open_diff(name.clone(), layer, key.clone(), &entry) {
+            if let Ok(diff) = open(&entry) {
                 step.finish_cached("");
                 return Ok(diff);
             }
@@ -263,10 +340,10 @@ impl LayerBuilder<'_> {
         // An ordinary user's files belong to subordinate ids: plain removal may not do.
         if let Err(error) = done {
             let _ = self.sandbox.remove_tree(scratch.path());
-            return Err(error);
+            return Err(self.source.explain_rot(&packages, error));
         }
         let entry = self.source.store.commit_entry("layer", &digest, scratch)?;
-        let diff = open_diff(name, layer, key, &entry)?;
+        let diff = open(&entry)?;
         step.finish(format!(
             "{} files, {}",
             diff.facts.sealed.files,
@@ -279,7 +356,7 @@ impl LayerBuilder<'_> {
         &self,
         scratch: &Scratch,
         below: &Below,
-        describe: impl FnOnce(&Path, &Step) -> Result<(&'static str, Value)>,
+        describe: Describe<'_>,
         step: &Step,
     ) -> Result<()> {
         let folder = scratch.path();
@@ -369,12 +446,12 @@ fn describe_agent(program: &[u8], scratch: &Path) -> Result<Artifact> {
 }
 
 /// The diff of an entry that has all its parts.
-fn open_diff(name: String, layer: &Layer, key: Key, entry: &Path) -> Result<Diff> {
+fn open_diff(name: String, layer: String, key: Key, entry: &Path) -> Result<Diff> {
     let facts = entry.join("facts.json");
     let text = fs::read(&facts).with_context(|| format!("reading {}", facts.display()))?;
     let diff = Diff {
         name,
-        layer: layer.name.clone(),
+        layer,
         key,
         tree: entry.join("tree"),
         blob: entry.join("blob.erofs"),

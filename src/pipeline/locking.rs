@@ -24,6 +24,29 @@ pub fn lock_path(project: &Project) -> PathBuf {
     project.root.join(lock::FILE_NAME)
 }
 
+/// The project's lock, for looking at a profile and not for building it.
+///
+/// # Errors
+/// A [`UserError`] when there is none, or it does not hold what the profile asks for.
+pub fn load_current(project: &Project, profile: &Profile) -> Result<Lock> {
+    let path = lock_path(project);
+    let lock = Lock::load(&path)?.ok_or_else(|| {
+        UserError::new("nothing is locked yet").in_file(&path).help("run `stanchion lock` first")
+    })?;
+    let profiles = std::slice::from_ref(profile);
+    let (requests, outside) = (sets::list_requests(profiles), sets::list_outside(profiles));
+    let mut stale: Vec<String> = lock.find_stale(&requests).into_iter().map(Into::into).collect();
+    stale.extend(lock.find_stale_outside(&outside).into_iter().map(|name| name.to_string()));
+    if !stale.is_empty() {
+        return Err(UserError::new("the lock does not hold what the profile asks for")
+            .in_file(&path)
+            .why(format!("these changed: {}", stale.join(", ")))
+            .help("run `stanchion lock`")
+            .into());
+    }
+    Ok(lock)
+}
+
 /// Lock what the project's profiles ask for; say what changed.
 pub fn relock(
     project: &Project,

@@ -2,6 +2,7 @@
 
 mod agent;
 mod artifacts;
+mod explain;
 mod image;
 mod layers;
 mod locking;
@@ -27,7 +28,7 @@ use serde::Serialize;
 use crate::config::Format;
 use crate::config::Project;
 use crate::config::profile::Profile;
-use crate::digest::{Digest, Key};
+use crate::digest::Digest;
 use crate::lock::{Lock, LockedPackage};
 use crate::progress::{Progress, StepTime};
 use crate::rootfs::{layer, stage as stage_jobs};
@@ -35,8 +36,10 @@ use crate::sandbox::{Inside, Sandbox};
 use crate::store::Scratch;
 use crate::tools;
 pub use artifacts::GivenArtifact;
+pub use explain::Explanation;
+use explain::Record;
 use image::ImageBuilder;
-use layers::{Diff, LayerBuilder};
+use layers::LayerBuilder;
 pub use locking::{Failures, lock_path, prepare_lock, relock};
 pub use manifest::{InnerManifest, LayerEntry, Manifest, OutputEntry};
 pub use source::{FetchOptions, Source};
@@ -140,6 +143,7 @@ fn build_sound(
     let tools = provide_tools(&source, &lock, tools::set::BUILD).map_err(explain_full)?;
     let shared = progress.step_times();
     let builder = Builder {
+        project,
         source: &source,
         lock: &lock,
         tools: &tools,
@@ -171,6 +175,7 @@ fn fetch_outside(source: &Source, lock: &Lock, profile: &Profile) -> Result<()> 
 }
 
 struct Builder<'a> {
+    project: &'a Project,
     source: &'a Source,
     lock: &'a Lock,
     tools: &'a tools::Tools,
@@ -200,7 +205,10 @@ impl Builder<'_> {
         .build(profile)?;
         let images = ImageBuilder { source: self.source, lock: self.lock, tools: self.tools };
         let (initrd, initrd_key) = images.build_initrd(profile, &diffs)?;
-        let key = self.combine(profile, &diffs, &initrd_key);
+        let layers = diffs.iter().map(|diff| (diff.name.clone(), diff.key.clone())).collect();
+        let record = images.describe_image(profile, layers, initrd_key);
+        let key = record.image.digest();
+        record.save(&self.source.store, self.project, &profile.name)?;
 
         if let Some(manifest) = outputs::find_current(out, profile, &key, formats) {
             return Ok(describe(&manifest, out, began, true));
@@ -233,22 +241,6 @@ impl Builder<'_> {
         Ok(describe(&manifest, out, began, false))
     }
 
-    /// Digest of everything that goes into the image.
-    fn combine(&self, profile: &Profile, diffs: &[Diff], initrd: &Digest) -> Digest {
-        let mut key = Key::new("image", image::IMAGE_VERSION);
-        key.add("profile", &profile.name);
-        key.add("description", &profile.description);
-        key.add("epoch", self.lock.epoch.to_string());
-        key.add("disk", format!("{:?}", profile.disk));
-        key.add("cmdline", profile.cmdline.join(" "));
-        key.add("tools", self.tools.name());
-        key.add("initrd", initrd.as_bytes());
-        for diff in diffs {
-            key.add(&diff.name, diff.key.digest().as_bytes());
-        }
-        key.digest()
-    }
-
     fn list_packages(&self, profile: &Profile) -> Result<Vec<&LockedPackage>> {
         let mut packages = Vec::new();
         for index in 0..profile.layers.len() {
@@ -257,6 +249,44 @@ impl Builder<'_> {
         packages.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(packages)
     }
+}
+
+/// Tell for each step of a profile's build whether it would be done, and which of its inputs
+/// are not those of the last build. `out` is where that left the images. Nothing is built
+/// but, where the store lacks them, the tools.
+///
+/// # Errors
+/// A [`UserError`](crate::error::UserError) for an unknown profile, and for a lock that does
+/// not hold what it asks for.
+pub fn explain(
+    project: &Project,
+    name: &str,
+    out: &Path,
+    fetch: &FetchOptions,
+    progress: &Progress,
+) -> Result<Vec<Explanation>> {
+    let profile = project.load_profile(name)?;
+    let lock = locking::load_current(project, &profile)?;
+    let profile = artifacts::pin(&profile, &lock);
+    let source = Source::open(fetch, progress)?;
+    let tools = provide_tools(&source, &lock, tools::set::BUILD)?;
+    let (source, lock, tools) = (&source, &lock, &tools);
+    let sandbox = Sandbox::default();
+    let layers = LayerBuilder { source, lock, tools, sandbox, debug_shell: false };
+    let images = ImageBuilder { source, lock, tools };
+    let steps = layers.list_keys(&profile)?;
+    let kernel = images.name_kernel(&profile)?;
+    let kernel = steps.iter().find(|(name, _)| *name == kernel).context("no layer has a kernel")?;
+    let initrd = images.describe_initrd(&profile, &kernel.1)?;
+    let now = images.describe_image(&profile, steps, initrd);
+    let last = Record::load(&source.store, project, name)?;
+    Ok(explain::compare(&now, last.as_ref(), |step, key| match step {
+        explain::INITRD => images.find_initrd(key).is_some(),
+        explain::IMAGE => {
+            outputs::find_current(out, &profile, &key.digest(), &profile.formats).is_some()
+        }
+        _ => layers.has(key),
+    }))
 }
 
 fn describe(manifest: &Manifest, out: &Path, began: Instant, cached: bool) -> Built {

@@ -11,7 +11,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use super::layers::{Below, Diff, LayerBuilder, add_artifacts, describe_artifacts, list_accounts};
+use super::layers::{
+    Below, LayerBuilder, Planned, add_artifacts, describe_artifacts, list_accounts,
+};
 use super::placing::place;
 use super::unpacked::add_packages;
 use super::{python, sets};
@@ -19,7 +21,8 @@ use crate::config::build::Build;
 use crate::config::profile::Profile;
 use crate::digest::Key;
 use crate::lock::{self, LockedPackage, LockedPython};
-use crate::rootfs::layer::{Deb, PackagesJob, StandIn};
+use crate::progress::Step;
+use crate::rootfs::layer::{PackagesJob, StandIn};
 use crate::rootfs::stage::{Distribution, Environment, KeepJob, StageJob};
 use crate::sandbox::{Bind, Spec};
 
@@ -37,46 +40,58 @@ struct Stage<'a> {
     profile: &'a Profile,
     index: usize,
     build: &'a Build,
-    below: Below,
+    below: &'a Below,
     packages: Vec<&'a LockedPackage>,
     pythons: Vec<&'a LockedPython>,
 }
 
 impl LayerBuilder<'_> {
-    /// The diff of what the stage of the layer at `index` keeps; `belows` are the states
-    /// after no layer, after the first, and so on.
-    pub(super) fn build_stage(
+    /// What the stage of the layer at `index` lies over, if it has one; `belows` are the
+    /// states after no layer, after the first, and so on.
+    pub(super) fn find_below_stage(
         &self,
         profile: &Profile,
         index: usize,
         belows: &[Below],
-    ) -> Result<Option<Diff>> {
+    ) -> Option<Below> {
+        let build = profile.layers[index].build.as_ref()?;
+        Some(describe_below(profile, index, build, belows))
+    }
+
+    /// The diff of what the stage of the layer at `index` keeps.
+    pub(super) fn plan_stage<'a>(
+        &'a self,
+        profile: &'a Profile,
+        index: usize,
+        below: &'a Below,
+    ) -> Result<Option<Planned<'a>>> {
         let layer = &profile.layers[index];
         let Some(build) = &layer.build else { return Ok(None) };
+        let packages = self.lock.list_set(&sets::name_build_set(profile, index, build))?;
         let stage = Stage {
             profile,
             index,
             build,
-            below: describe_below(profile, index, build, belows),
-            packages: self.lock.list_set(&sets::name_build_set(profile, index, build))?,
+            below,
+            packages: packages.clone(),
             pythons: python::list_locked(self.lock, layer, build)?,
         };
         let key = self.describe_inputs(&stage)?;
-        self.provide(layer, "build", key, &stage.below, |scratch, step| {
+        let describe = move |scratch: &Path, step: &Step| {
             let (spec, job) = self.describe_stage(&stage, scratch)?;
             let input = serde_json::to_value(job)?;
             self.sandbox.start(&spec, STAGE_JOB, input, &mut |line| step.update(line))?;
-            let job = KeepJob { common: self.describe_common(layer, &stage.below, scratch) };
+            let job = KeepJob { common: self.describe_common(layer, below, scratch) };
             Ok((KEEP_JOB, serde_json::to_value(job)?))
-        })
-        .map_err(|error| self.source.explain_rot(&stage.packages, error))
-        .map(Some)
+        };
+        let describe = Box::new(describe);
+        Ok(Some(Planned { layer, what: "build", key, below, packages, describe }))
     }
 
     fn describe_inputs(&self, stage: &Stage<'_>) -> Result<Key> {
         let Stage { profile, build, .. } = *stage;
         let layer = &profile.layers[stage.index];
-        let mut key = self.begin_key("build", BUILD_VERSION, layer, &stage.below);
+        let mut key = self.begin_key("build", BUILD_VERSION, layer, stage.below);
         add_packages(&mut key, &stage.packages);
         layer.provides.iter().for_each(|name| {
             key.add("provides", name);
@@ -138,16 +153,8 @@ impl LayerBuilder<'_> {
         let (skeletons, placed) = (make("skeleton")?, make("files")?);
         let job = StageJob {
             packages: PackagesJob {
-                common: self.describe_common(layer, &stage.below, scratch),
-                debs: stage
-                    .packages
-                    .iter()
-                    .map(|package| Deb {
-                        name: package.name.clone(),
-                        path: self.source.store.file_path(&package.sha256),
-                        installed_size: package.installed_size,
-                    })
-                    .collect(),
+                common: self.describe_common(layer, stage.below, scratch),
+                debs: self.describe_debs(&stage.packages),
                 skeleton: place(profile, &layer.skeleton, Some(&skeletons), &mut Key::default())?,
                 stand_in: (!layer.provides.is_empty()).then(|| StandIn {
                     name: lock::name_stand_in(&sets::name_build_set(profile, stage.index, build)),

@@ -7,14 +7,16 @@ use std::fs::File;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
+use super::locking::load_current;
 use super::sets::{list_requests, name_initrd_set, name_layer_set};
 use super::source::Source;
+use crate::config::Project;
 use crate::config::profile::Profile;
 use crate::debian::deb822;
 use crate::debian::package::open_package;
 use crate::debian::relation::{self, Relations};
 use crate::error::{UserError, find_nearest};
-use crate::lock::{Lock, LockedPackage, SetRequest};
+use crate::lock::{LockedPackage, SetRequest};
 use crate::progress::format_bytes;
 
 /// Where a package is, and what brought it there.
@@ -59,19 +61,13 @@ struct Member {
 /// # Errors
 /// A [`UserError`] when it is nowhere in them, and when the lock is older than the profile.
 pub fn explain_presence(
+    project: &Project,
     source: &Source,
-    lock: &Lock,
     profile: &Profile,
     name: &str,
 ) -> Result<Vec<Presence>> {
+    let lock = load_current(project, profile)?;
     let requests = list_requests(std::slice::from_ref(profile));
-    let stale = lock.find_stale(&requests);
-    if !stale.is_empty() {
-        return Err(UserError::new("the lock does not hold what the profile asks for")
-            .why(format!("these changed: {}", stale.join(", ")))
-            .help("run `stanchion lock`")
-            .into());
-    }
     let places = list_places(profile);
     let mut found = Vec::new();
     let mut known: Vec<String> = Vec::new();

@@ -3,7 +3,7 @@
 
 use crate::project::{Project, can_build, take_turn};
 
-const VERBS: [&[&str]; 48] = [
+const VERBS: [&[&str]; 49] = [
     &[],
     &["build"],
     &["lock"],
@@ -13,6 +13,7 @@ const VERBS: [&[&str]; 48] = [
     &["profile", "list"],
     &["profile", "show"],
     &["why"],
+    &["explain"],
     &["cluster"],
     &["cluster", "new"],
     &["cluster", "check"],

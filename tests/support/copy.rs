@@ -33,7 +33,7 @@ pub fn copy_tree(from: &Path, to: &Path) {
     if kind.is_symlink() {
         std::os::unix::fs::symlink(fs::read_link(from).unwrap(), to).unwrap();
     } else if kind.is_dir() {
-        fs::create_dir(to).unwrap();
+        fs::create_dir_all(to).unwrap();
         for entry in fs::read_dir(from).unwrap() {
             let name = entry.unwrap().file_name();
             copy_tree(&from.join(&name), &to.join(&name));
