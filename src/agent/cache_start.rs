@@ -6,6 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 
 use super::board::log;
+use super::etcd::Outcome;
 use super::node::Node;
 use super::redis::{Observed, Start, ask_redis, ask_sentinel, decide_start};
 use super::runner::Verdict;
@@ -35,7 +36,8 @@ pub async fn choose_master(node: &mut Node) -> Result<Verdict> {
         Start::Wait(reason) => return Ok(Verdict::Wait(reason)),
         Start::Claim => {
             // Of several that claim it, one is written down; all look again.
-            node.etcd.create(&record_key(node), &node.entry.name, None).await?;
+            let written = node.etcd.create(&record_key(node), &node.entry.name, None).await?;
+            node.cache_claimed = written == Outcome::Done;
             return Ok(Verdict::Wait("the first master is being written down".to_string()));
         }
         Start::ReplicaOf(master) => master,
@@ -75,6 +77,7 @@ async fn observe(node: &Node, since: Instant) -> Result<Observed> {
         recorded,
         first: caches.first().is_some_and(|first| first.name == node.entry.name),
         has_data: node.places.join(DATA).exists(),
+        claimed: node.cache_claimed,
         ..Observed::default()
     };
     let mut looks = tokio::task::JoinSet::new();

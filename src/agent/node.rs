@@ -49,6 +49,8 @@ pub struct Node {
     pub started: BTreeSet<&'static str>,
     /// Since when this node looks for the Redis master.
     pub cache_since: Option<Instant>,
+    /// This agent has written down that this node is the first Redis master.
+    pub cache_claimed: bool,
 }
 
 impl Node {
@@ -85,6 +87,7 @@ impl Node {
             health: Health::default(),
             started: BTreeSet::new(),
             cache_since: None,
+            cache_claimed: false,
             places,
             board,
             entry,

@@ -213,6 +213,8 @@ pub struct Observed {
     pub first: bool,
     /// Redis has written here before.
     pub has_data: bool,
+    /// This agent itself has just written the first record: nobody else has data either.
+    pub claimed: bool,
     /// For how long this node has been looking.
     pub looked: Duration,
 }
@@ -242,6 +244,7 @@ pub fn decide_start(seen: &Observed) -> Start {
         *count.entry(*master).or_insert(0) += 1;
     }
     let named = count.into_iter().max_by_key(|(_, times)| *times).map(|(master, _)| master);
+    let lacks_data = !seen.has_data && !seen.claimed;
     match named {
         Some(master) if master != own => return Start::ReplicaOf(master),
         Some(_) if seen.followers > 0 && seen.looked < REPLACED => {
@@ -251,7 +254,7 @@ pub fn decide_start(seen: &Observed) -> Start {
                     .into(),
             );
         }
-        Some(_) if !seen.has_data && seen.looked < GIVEN_UP => {
+        Some(_) if lacks_data && seen.looked < GIVEN_UP => {
             return Start::Wait(
                 "the Sentinels name this node as master, but it has no data: one that has some is \
                  waited for"
@@ -266,6 +269,10 @@ pub fn decide_start(seen: &Observed) -> Start {
         return Start::ReplicaOf(*master);
     }
     match seen.recorded {
+        Some(master) if master == own && lacks_data && seen.looked < GIVEN_UP => Start::Wait(
+            "this node was the last master, but it has no data: one that has some is waited for"
+                .into(),
+        ),
         Some(master) if master == own => Start::Master,
         Some(master) => Start::ReplicaOf(master),
         None if seen.first || seen.looked > REPLACED => Start::Claim,
@@ -313,8 +320,20 @@ mod tests {
         assert_eq!(decide_start(&Observed { first: true, ..observed() }), Start::Claim);
         let late = Observed { looked: Duration::from_secs(60), ..observed() };
         assert_eq!(decide_start(&late), Start::Claim);
-        let own = Observed { recorded: Some(OWN), ..observed() };
+        let own = Observed { recorded: Some(OWN), claimed: true, ..observed() };
         assert_eq!(decide_start(&own), Start::Master);
+    }
+
+    #[test]
+    fn a_recorded_master_with_an_empty_disk_waits_for_another_to_be_named() {
+        let empty = Observed { recorded: Some(OWN), first: true, ..observed() };
+        assert!(matches!(decide_start(&empty), Start::Wait(_)));
+        let chosen = Observed { named: vec![OTHER], ..empty.clone() };
+        assert_eq!(decide_start(&chosen), Start::ReplicaOf(OTHER));
+        let whole = Observed { has_data: true, ..empty.clone() };
+        assert_eq!(decide_start(&whole), Start::Master);
+        let late = Observed { looked: GIVEN_UP, ..empty };
+        assert_eq!(decide_start(&late), Start::Master);
     }
 
     async fn parse(text: &str) -> Result<Reply> {
