@@ -218,7 +218,7 @@ async fn catch_up(node: &mut Node) -> Result<()> {
     let views = registered.into_iter().map(|(name, entry)| (name, entry.node));
     let views: std::collections::BTreeMap<String, NodeView> = views.collect();
     // Nodes that are not in the cluster file are in the list only while they are there.
-    node.facts.nodes = merge_nodes(&node.seed, &views);
+    node.facts.nodes = merge_nodes(&node.seed.cluster, &views);
     let master = *lock(&node.shared.redis_master);
     if let Some(master) = master {
         set_master(node, master);

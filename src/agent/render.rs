@@ -15,7 +15,7 @@ use super::files::{Access, read_bounded};
 use super::places::Places;
 use super::registry::Maintenance;
 use super::tls::{POSTGRES_CA, REDIS_CA};
-use crate::config::cluster::Role;
+use crate::config::cluster::{Cluster, Role};
 use crate::seed::Seed;
 use crate::template;
 
@@ -23,6 +23,10 @@ use crate::template;
 const MAX_TEMPLATE: u64 = 128 << 10;
 /// Files that all layers may have together.
 const MAX_FILES: usize = 2000;
+/// What a node that the cluster file does not name may be.
+const LATER_ROLES: [Role; 2] = [Role::Web, Role::Edge];
+/// Such nodes that configuration is made of.
+const MAX_LATER: usize = 64;
 
 /// A node as templates see it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,7 +73,7 @@ pub struct Facts {
 impl Facts {
     /// What is known before anything else is: the cluster file.
     pub fn from_seed(seed: std::sync::Arc<Seed>, memory_mb: u64, cpus: usize) -> Self {
-        let nodes = merge_nodes(&seed, &BTreeMap::new());
+        let nodes = merge_nodes(&seed.cluster, &BTreeMap::new());
         let etcd = EtcdFacts { state: "new", initial_cluster: make_plan(&seed) };
         let redis = RedisFacts {
             master: None,
@@ -139,10 +143,11 @@ impl Facts {
     }
 }
 
-/// The nodes of the cluster file, then those that registered and are not in it.
-pub fn merge_nodes(seed: &Seed, registered: &BTreeMap<String, NodeView>) -> Vec<NodeView> {
+/// The nodes of the cluster file, then those that registered and are not in it: web nodes and
+/// edges only, since nobody votes or holds data by registering.
+pub fn merge_nodes(cluster: &Cluster, registered: &BTreeMap<String, NodeView>) -> Vec<NodeView> {
     let mut nodes: Vec<NodeView> = Vec::new();
-    for node in &seed.cluster.nodes {
+    for node in &cluster.nodes {
         nodes.push(NodeView {
             name: node.name.clone(),
             address: node.address,
@@ -152,10 +157,16 @@ pub fn merge_nodes(seed: &Seed, registered: &BTreeMap<String, NodeView>) -> Vec<
             ordinal: nodes.len() + 1,
         });
     }
+    let most = nodes.len() + MAX_LATER;
     for (name, node) in registered {
+        let roles: Vec<Role> =
+            LATER_ROLES.into_iter().filter(|role| node.roles.contains(role)).collect();
         let known = nodes.iter().any(|n| n.name == *name || n.address == node.address);
-        if !known && seed.cluster.network.has_host(node.address) {
-            nodes.push(NodeView { ordinal: nodes.len() + 1, ..node.clone() });
+        let taken = [cluster.vip, cluster.gateway].contains(&Some(node.address));
+        let fits = !known && !taken && cluster.network.has_host(node.address);
+        if fits && !roles.is_empty() && nodes.len() < most {
+            let (name, ordinal) = (name.clone(), nodes.len() + 1);
+            nodes.push(NodeView { name, ordinal, roles, ..node.clone() });
         }
     }
     nodes
@@ -258,4 +269,87 @@ fn list_sources(folder: &Path) -> Result<Vec<(PathBuf, PathBuf)>> {
     }
     sources.sort();
     Ok(sources)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::cluster::{Ipv4Network, Node, Tuning};
+
+    fn cluster() -> Cluster {
+        let node = Node {
+            name: "n1".into(),
+            address: [10, 0, 0, 1].into(),
+            zone: "z1".into(),
+            profile: "node".into(),
+            roles: vec![Role::Db, Role::Cache, Role::Edge],
+        };
+        Cluster {
+            name: "c".into(),
+            domain: "c.example".into(),
+            vip: Some([10, 0, 0, 100].into()),
+            network: Ipv4Network::new([10, 0, 0, 0].into(), 24).unwrap(),
+            gateway: Some([10, 0, 0, 254].into()),
+            dns: Vec::new(),
+            ntp: Vec::new(),
+            nodes: vec![node],
+            storage: None,
+            backup: None,
+            external: Default::default(),
+            tuning: Tuning::default(),
+        }
+    }
+
+    fn view(name: &str, address: [u8; 4], roles: &[Role]) -> (String, NodeView) {
+        let view = NodeView {
+            name: name.into(),
+            address: address.into(),
+            zone: "z4".into(),
+            profile: "edge".into(),
+            roles: roles.to_vec(),
+            ordinal: 9,
+        };
+        (name.to_string(), view)
+    }
+
+    fn merge(registered: impl IntoIterator<Item = (String, NodeView)>) -> Vec<NodeView> {
+        merge_nodes(&cluster(), &registered.into_iter().collect())
+    }
+
+    #[test]
+    fn later_comers_are_web_nodes_and_edges_and_nothing_else() {
+        let merged = merge([
+            view("n1", [10, 0, 0, 1], &[Role::Web]),
+            view("w1", [10, 0, 0, 4], &[Role::Edge, Role::Web]),
+            view("x1", [10, 0, 0, 5], &[Role::Db, Role::Cache, Role::Web]),
+            view("x2", [10, 0, 0, 6], &[Role::Db, Role::Cache]),
+            view("x3", [10, 0, 0, 7], &[]),
+        ]);
+        let seen: Vec<(&str, &[Role], usize)> =
+            merged.iter().map(|n| (n.name.as_str(), n.roles.as_slice(), n.ordinal)).collect();
+        let expected: [(&str, &[Role], usize); 3] = [
+            ("n1", &[Role::Db, Role::Cache, Role::Edge], 1),
+            ("w1", &[Role::Web, Role::Edge], 2),
+            ("x1", &[Role::Web], 3),
+        ];
+        assert_eq!(seen, expected);
+    }
+
+    #[test]
+    fn later_comers_take_nobodys_address_and_are_bounded() {
+        for address in [
+            [10, 0, 0, 1],
+            [10, 0, 0, 100],
+            [10, 0, 0, 254],
+            [10, 0, 0, 0],
+            [10, 0, 1, 4],
+            [127, 0, 0, 1],
+        ] {
+            assert_eq!(merge([view("w1", address, &[Role::Web])]).len(), 1, "{address:?}");
+        }
+        let twice = ["w1", "w2"].map(|name| view(name, [10, 0, 0, 4], &[Role::Web]));
+        assert_eq!(merge(twice).len(), 2);
+        let flood = (2..90).map(|n| view(&format!("w{n}"), [10, 0, 0, n], &[Role::Edge]));
+        assert_eq!(merge(flood).len(), 1 + MAX_LATER);
+    }
 }
