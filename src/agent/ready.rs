@@ -111,10 +111,15 @@ fn judge_cluster(cluster: &Cluster, seen: &Observed, reasons: &mut Vec<String>) 
         reasons.push(SINGLE.to_string());
         return;
     }
-    let zones: BTreeSet<&str> =
-        cluster.list_nodes(Role::Db).map(|node| node.zone.as_str()).collect();
-    if zones.len() < 2 {
-        reasons.push("not HA: all db nodes are in one zone, which fails as one".to_string());
+    match (cluster.find_fatal_zone(), cluster.list_nodes(Role::Db).count()) {
+        (Some((_, count)), members) if count == members => {
+            reasons.push("not HA: all db nodes are in one zone, which fails as one".to_string());
+        }
+        (Some((zone, count)), members) => reasons.push(format!(
+            "not HA: {count} of {members} db nodes are in the zone {zone}: its loss stops the \
+             database"
+        )),
+        (None, _) => {}
     }
     if cluster.storage.is_none() && cluster.list_nodes(Role::Web).next().is_some() {
         reasons.push("not HA: there is no object storage for media".to_string());

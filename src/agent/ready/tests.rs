@@ -129,6 +129,13 @@ fn one_zone_and_refused_files_and_stopped_units_are_said() {
 }
 
 #[test]
+fn a_zone_that_takes_the_majority_with_it_is_said() {
+    let cluster = cluster(["a", "a", "b"]);
+    let reasons = judge(&cluster, &well(&cluster));
+    assert_eq!(reasons, ["not HA: 2 of 3 db nodes are in the zone a: its loss stops the database"]);
+}
+
+#[test]
 fn a_single_node_says_loudly_that_it_is_none() {
     let mut cluster = cluster(ZONES);
     cluster.nodes.truncate(1);

@@ -1,7 +1,7 @@
 //! What to look at before a cluster is started: what the file proves, what makes it less
 //! than highly available, and what only a person on the spot can see.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use serde::Serialize;
 
@@ -104,28 +104,22 @@ fn role_subject(role: Role) -> &'static str {
 
 /// Whether the database outlives each zone.
 fn check_zones(cluster: &Cluster) -> Check {
-    let mut zones: BTreeMap<&str, usize> = BTreeMap::new();
-    for node in cluster.list_nodes(Role::Db) {
-        *zones.entry(&node.zone).or_default() += 1;
-    }
-    let members: usize = zones.values().sum();
-    let largest = zones.iter().max_by_key(|(_, count)| **count);
-    let Some((zone, count)) = largest.filter(|_| members > 1) else {
+    let zones: BTreeSet<&str> =
+        cluster.list_nodes(Role::Db).map(|node| node.zone.as_str()).collect();
+    let members = cluster.list_nodes(Role::Db).count();
+    if members < 2 {
         return warn("zones", "one node cannot be spread");
-    };
-    if *count == members {
-        return warn(
-            "zones",
-            format!("all db nodes are in the zone {zone}: readiness will say not highly available"),
-        );
     }
-    if members - count <= members / 2 {
-        return warn(
-            "zones",
-            format!(
+    if let Some((zone, count)) = cluster.find_fatal_zone() {
+        let text = match count == members {
+            true => format!(
+                "all db nodes are in the zone {zone}: readiness will say not highly available"
+            ),
+            false => format!(
                 "{count} of {members} db nodes are in the zone {zone}: its loss stops the database"
             ),
-        );
+        };
+        return warn("zones", text);
     }
     verify(
         "zones",

@@ -10,6 +10,7 @@ mod raw;
 mod read;
 mod rules;
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
@@ -181,6 +182,18 @@ impl Cluster {
     /// Whether this is a development cluster: one machine, which nothing can take over from.
     pub fn is_single(&self) -> bool {
         self.nodes.len() == 1
+    }
+
+    /// The zone whose loss stops the database, since the other db nodes have no majority, and
+    /// how many db nodes are in it; `None` when the database outlives each zone.
+    pub fn find_fatal_zone(&self) -> Option<(&str, usize)> {
+        let mut zones: BTreeMap<&str, usize> = BTreeMap::new();
+        for node in self.list_nodes(Role::Db) {
+            *zones.entry(&node.zone).or_default() += 1;
+        }
+        let members: usize = zones.values().sum();
+        let largest = zones.into_iter().max_by_key(|(_, count)| *count);
+        largest.filter(|(_, count)| members - count <= members / 2)
     }
 }
 
