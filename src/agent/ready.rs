@@ -121,6 +121,14 @@ fn judge_cluster(cluster: &Cluster, seen: &Observed, reasons: &mut Vec<String>) 
         )),
         (None, _) => {}
     }
+    for (role, loss) in [(Role::Web, "NetBox"), (Role::Edge, "the way to the services")] {
+        let mut nodes = cluster.list_nodes(role);
+        if let (Some(node), None) = (nodes.next(), nodes.next()) {
+            let name = &node.name;
+            reasons
+                .push(format!("not HA: {name} alone has the role {role}: {loss} is gone with it"));
+        }
+    }
     if cluster.storage.is_none() && cluster.list_nodes(Role::Web).next().is_some() {
         reasons.push("not HA: there is no object storage for media".to_string());
     }

@@ -75,8 +75,10 @@ fn issue(ha: &Ha) -> Vec<u8> {
     issue_seed(&cluster, &node, &directory, None, now).unwrap()
 }
 
+/// Whether it lacks nothing but a second web node, by the cluster file that it knows.
 fn is_ready(ha: &Ha) -> bool {
-    ha.get_status(NAME).is_some_and(|page| page["ready"] == true)
+    let alone = format!("not HA: {NAME} alone has the role web: NetBox is gone with it");
+    ha.get_status(NAME).is_some_and(|page| page["reasons"] == serde_json::json!([alone]))
 }
 
 fn ask(ha: &Ha, users: &Users, node: &str) -> Option<u16> {

@@ -136,6 +136,24 @@ fn a_zone_that_takes_the_majority_with_it_is_said() {
 }
 
 #[test]
+fn one_edge_or_one_web_node_among_several_is_said() {
+    let mut cluster = cluster(ZONES);
+    for node in &mut cluster.nodes[1..] {
+        node.roles.retain(|role| *role != Role::Edge);
+    }
+    let reasons = judge(&cluster, &well(&cluster));
+    assert_eq!(
+        reasons,
+        ["not HA: n1 alone has the role edge: the way to the services is gone with it"]
+    );
+    cluster.nodes[0].roles = vec![Role::Db, Role::Cache];
+    assert_eq!(judge(&cluster, &well(&cluster)), Vec::<String>::new());
+    cluster.nodes[2].roles.push(Role::Web);
+    let reasons = judge(&cluster, &well(&cluster)).join("\n");
+    assert!(reasons.contains("n3 alone has the role web"), "{reasons}");
+}
+
+#[test]
 fn a_single_node_says_loudly_that_it_is_none() {
     let mut cluster = cluster(ZONES);
     cluster.nodes.truncate(1);
