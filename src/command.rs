@@ -6,8 +6,12 @@ use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ExitStatus, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use rustix::io::Errno;
+use rustix::process::{Signal, WaitId, WaitIdOptions};
 
 /// A program to run. Its output is captured unless [`Command::inherit`] says otherwise,
 /// and it is killed when the thread that started it dies.
@@ -15,6 +19,7 @@ pub struct Command {
     inner: std::process::Command,
     shown: Vec<OsString>,
     input: Option<Vec<u8>>,
+    limit: Option<Duration>,
 }
 
 /// What a program that ended well wrote.
@@ -38,7 +43,7 @@ impl Command {
     pub fn new(program: impl AsRef<OsStr>) -> Self {
         let mut inner = std::process::Command::new(&program);
         inner.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Command { inner, shown: vec![program.as_ref().to_owned()], input: None }
+        Command { inner, shown: vec![program.as_ref().to_owned()], input: None, limit: None }
     }
 
     pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
@@ -71,6 +76,13 @@ impl Command {
     pub fn input(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.inner.stdin(Stdio::piped());
         self.input = Some(bytes.into());
+        self
+    }
+
+    /// Let [`Command::run`] kill it, and what it has started, after so long.
+    pub fn limit(mut self, limit: Duration) -> Self {
+        self.inner.process_group(0);
+        self.limit = Some(limit);
         self
     }
 
@@ -111,22 +123,44 @@ impl Command {
 
     /// Run to the end, whatever the exit status.
     pub fn run_any(mut self) -> Result<(ExitStatus, Output)> {
-        let input = self.input.take();
+        let (input, limit) = (self.input.take(), self.limit);
         let shown = self.to_string();
         let mut child = self.spawn()?;
-        let wait = || -> std::io::Result<(ExitStatus, Output)> {
+        let mut late = false;
+        let mut wait = || -> std::io::Result<(ExitStatus, Output)> {
             let (stdin, stdout, stderr) =
                 (child.stdin.take(), child.stdout.take(), child.stderr.take());
+            let id = rustix::process::Pid::from_child(&child);
             let (stdout, stderr) = std::thread::scope(|scope| {
+                let (ended, end) = mpsc::channel::<()>();
+                let killer = limit.map(|limit| {
+                    scope.spawn(move || {
+                        let late = end.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
+                        // It is not waited for yet, so that its id is nobody else's.
+                        late && rustix::process::kill_process_group(id, Signal::KILL).is_ok()
+                    })
+                });
                 // A program may end without reading all of its input: not our error.
                 scope.spawn(move || stdin.map(|mut to| to.write_all(&input.unwrap_or_default())));
                 let stderr = scope.spawn(move || read_all(stderr));
-                (read_all(stdout), stderr.join().expect("reading does not panic"))
+                let read = (read_all(stdout), stderr.join().expect("reading does not panic"));
+                if let Some(killer) = killer {
+                    let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+                    let wait = || rustix::process::waitid(WaitId::Pid(id), options);
+                    while matches!(wait(), Err(Errno::INTR)) {}
+                    drop(ended);
+                    late = killer.join().expect("killing does not panic");
+                }
+                read
             });
             let status = child.wait()?;
             Ok((status, Output { stdout: stdout?, stderr: stderr? }))
         };
-        wait().with_context(|| format!("waiting for `{shown}`"))
+        let done = wait().with_context(|| format!("waiting for `{shown}`"));
+        match limit.filter(|_| late) {
+            Some(limit) => bail!("`{shown}` did not end within {} s", limit.as_secs_f32()),
+            None => done,
+        }
     }
 
     /// Start it in a session of its own, to outlive us; the caller serves its pipes.
@@ -224,6 +258,19 @@ mod tests {
         let bytes = vec![b'x'; 1 << 20];
         let output = Command::new("cat").input(bytes.clone()).run().unwrap();
         assert_eq!(output.stdout, bytes);
+    }
+
+    #[test]
+    fn a_program_that_hangs_is_killed_with_what_it_started() {
+        let begun = std::time::Instant::now();
+        let limit = Duration::from_millis(200);
+        for script in ["sleep 60; true", "sleep 60 & exec >&- 2>&-; sleep 60"] {
+            let error = Command::new("sh").args(["-c", script]).limit(limit).run().unwrap_err();
+            assert!(error.to_string().contains("did not end within 0.2 s"), "{error}");
+        }
+        assert!(begun.elapsed() < Duration::from_secs(30));
+        let quick = Command::new("echo").arg("x").limit(Duration::from_secs(60)).run().unwrap();
+        assert_eq!(quick.stdout, b"x\n");
     }
 
     #[test]

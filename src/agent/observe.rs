@@ -103,7 +103,7 @@ impl Observer {
         };
         let (observed, phase) = {
             let status = self.board.lock();
-            let observed = Observed {
+            let mut observed = Observed {
                 name: self.entry.name.clone(),
                 in_main: status.phase == Phase::Main,
                 etcd: etcd.ok(),
@@ -119,8 +119,14 @@ impl Observer {
                 vip_here: self.holds_vip(),
                 registered: self.registry.list_nodes(),
                 problems: status.problems.clone(),
-                stopped: stopped.unwrap_or_default(),
+                stopped: Vec::new(),
             };
+            match stopped {
+                Ok(units) => observed.stopped = units,
+                Err(error) => {
+                    drop(observed.problems.insert("systemd".to_string(), format!("{error:#}")));
+                }
+            }
             (observed, status.phase)
         };
         let reasons = ready::judge(&self.seed.cluster, &observed);

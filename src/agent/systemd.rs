@@ -1,8 +1,13 @@
 //! Units of systemd, started and asked by `systemctl`.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result};
 
 use crate::command::Command;
+
+/// So long may what the agent asks take: whatever hangs must not hold up the agent for ever.
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// Whether a unit runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,8 +44,9 @@ pub async fn start_unit(unit: &str) -> Result<()> {
     run_systemctl(&["start", "--no-block", unit]).await.map(drop)
 }
 
+/// Stop a unit, and wait until it is down, however long it takes.
 pub async fn stop_unit(unit: &str) -> Result<()> {
-    run_systemctl(&["stop", unit]).await.map(drop)
+    run_to_end(&["systemctl", "stop", unit]).await.map(drop)
 }
 
 /// Ask systemd to stop a unit, without waiting until it is down.
@@ -74,10 +80,24 @@ async fn run_systemctl(arguments: &[&str]) -> Result<String> {
     run_program(&words).await
 }
 
-/// Run a program to its end without holding up the agent; its standard output.
+/// Run a program that is soon done, without holding up the agent; its standard output. One
+/// that is not is killed.
 pub async fn run_program(words: &[&str]) -> Result<String> {
+    run(words, Some(LIMIT)).await
+}
+
+/// The same, of a program that takes as long as it takes.
+pub async fn run_to_end(words: &[&str]) -> Result<String> {
+    run(words, None).await
+}
+
+async fn run(words: &[&str], limit: Option<Duration>) -> Result<String> {
     let (program, arguments) = words.split_first().context("no program was named")?;
     let command = Command::new(program).args(arguments);
+    let command = match limit {
+        Some(limit) => command.limit(limit),
+        None => command,
+    };
     let output = tokio::task::spawn_blocking(move || command.run())
         .await
         .context("waiting for a program")??;

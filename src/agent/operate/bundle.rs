@@ -12,7 +12,7 @@ use crate::agent::files::read_bounded;
 use crate::agent::psql::{SOCKET, run_psql};
 use crate::agent::render::list_targets;
 use crate::agent::server::make_page;
-use crate::agent::systemd::run_program;
+use crate::agent::systemd::{run_program, run_to_end};
 use crate::config::cluster::Role;
 use crate::seed::Seed;
 
@@ -94,7 +94,7 @@ pub async fn bundle(desk: &Desk, say: &Say) -> Result<Value> {
     }
     say.say("reading the journal");
     let words = ["journalctl", "--boot", "--no-pager", "--output=short-iso-precise", LINES];
-    let journal = run_program(&words).await.context("reading the journal")?;
+    let journal = run_to_end(&words).await.context("reading the journal")?;
     add("journal.txt", take_end(&journal, JOURNAL));
     Ok(serde_json::to_value(pages)?)
 }

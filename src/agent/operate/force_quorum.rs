@@ -13,7 +13,7 @@ use crate::agent::join::{Peer, PeerState, Record};
 use crate::agent::join_act::{ask_agent, has_data, read_record};
 use crate::agent::node::etcd_url;
 use crate::agent::systemd::{
-    Active, forget_failure, query_unit, run_program, start_unit, stop_unit,
+    Active, forget_failure, query_unit, run_program, run_to_end, start_unit, stop_unit,
 };
 use crate::config::cluster::Role;
 use crate::error::UserError;
@@ -61,7 +61,7 @@ pub async fn force_quorum(desk: &Desk, say: &Say) -> Result<Value> {
     let (data, kept) = (data.join("default"), data.join("before-alone"));
     super::super::backup::remove_folder(&kept).await?;
     let (from, to) = (data.display().to_string(), kept.display().to_string());
-    run_program(&["cp", "--archive", &from, &to]).await.context("keeping a copy of the data")?;
+    run_to_end(&["cp", "--archive", &from, &to]).await.context("keeping a copy of the data")?;
     say.say(format!("etcd has stopped; a copy of its data is at {to}"));
     let alone = run_alone(desk, &own).await;
     stop_unit(&format!("{ONCE}.service")).await.ok();

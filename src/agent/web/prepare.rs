@@ -15,7 +15,7 @@ use crate::agent::board::log;
 use crate::agent::etcd::Outcome;
 use crate::agent::files::read_bounded;
 use crate::agent::runner::Verdict;
-use crate::agent::systemd::{forget_failure, run_program};
+use crate::agent::systemd::{forget_failure, run_to_end};
 
 /// What the image brings.
 const VERSION: &str = "/usr/share/stanchion/netbox/version";
@@ -136,7 +136,7 @@ impl Web {
 async fn run_unit(unit: &str) -> Result<()> {
     // Of an earlier try.
     let _ = forget_failure(unit).await;
-    let ran = run_program(&["systemctl", "start", unit]).await;
+    let ran = run_to_end(&["systemctl", "start", unit]).await;
     ran.with_context(|| format!("see `journalctl -u {unit}`")).map(drop)
 }
 
