@@ -127,7 +127,7 @@ impl Command {
         let shown = self.to_string();
         let mut child = self.spawn()?;
         let mut late = false;
-        let mut wait = || -> std::io::Result<(ExitStatus, Output)> {
+        let wait = || -> std::io::Result<(ExitStatus, Output)> {
             let (stdin, stdout, stderr) =
                 (child.stdin.take(), child.stdout.take(), child.stderr.take());
             let id = rustix::process::Pid::from_child(&child);

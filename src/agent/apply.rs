@@ -16,6 +16,7 @@ use super::roles::{OnChange, Service};
 use super::systemd::{Active, query_unit, reload_unit, restart_unit, run_program};
 
 const MAX_FILE: u64 = 16 << 20;
+const MAX_UNTOLD: u64 = 64 << 10;
 /// The other services' files do not wait longer for one that is slow to reload.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -26,7 +27,8 @@ pub struct Applied {
     accepted: BTreeSet<String>,
     /// Candidates that their service refused last, which are not asked about again.
     refused: BTreeMap<String, Vec<u8>>,
-    /// Units with changed files that have not taken them in yet.
+    /// Units with changed files that have not taken them in yet. A file has them, too, for an
+    /// agent that is restarted meanwhile.
     untold: BTreeSet<&'static str>,
 }
 
@@ -39,6 +41,44 @@ pub enum Told {
 }
 
 impl Applied {
+    /// What an agent before this one has left undone in this boot.
+    pub fn read(places: &Places, services: &[Service]) -> Self {
+        // Without the file, or with nonsense, it is as after a boot.
+        let bytes = read_bounded(&places.untold(), MAX_UNTOLD).ok().flatten().unwrap_or_default();
+        let names: Vec<String> = serde_json::from_slice(&bytes).unwrap_or_default();
+        let units = services.iter().map(|service| service.unit);
+        let untold = units.filter(|unit| names.iter().any(|name| name == unit)).collect();
+        Applied { untold, ..Applied::default() }
+    }
+
+    fn write_untold(&self, places: &Places) -> Result<()> {
+        write_file(&places.untold(), &serde_json::to_vec(&self.untold)?, Access::PRIVATE, false)
+    }
+
+    /// Lay a file whose services are to be told; they are written down first.
+    fn lay(
+        &mut self,
+        places: &Places,
+        services: &[Service],
+        target: &str,
+        file: &Rendered,
+    ) -> Result<()> {
+        let before = self.untold.clone();
+        let concerned = services.iter().filter(|service| service.is_concerned(target));
+        self.untold.extend(concerned.map(|service| service.unit));
+        let write = || {
+            if self.untold != before {
+                self.write_untold(places)?;
+            }
+            write_file(&places.join(&file.target), &file.bytes, file.access, false)
+        };
+        let written = write();
+        if written.is_err() {
+            self.untold = before;
+        }
+        written
+    }
+
     /// Let refused candidates be asked about again: what a check says hangs on more than the
     /// file, such as the network.
     pub fn forget_refusals(&mut self) {
@@ -85,7 +125,8 @@ pub async fn apply(
             continue;
         }
         let laid = match check_candidate(places, services, &target, &file).await {
-            Ok(()) => write_file(&path, &file.bytes, file.access, false)
+            Ok(()) => applied
+                .lay(places, services, &target, &file)
                 .map_err(|error| format!("the new file could not be written: {error:#}")),
             Err(reason) => Err(format!("the new file was refused, the old one is kept: {reason}")),
         };
@@ -95,8 +136,6 @@ pub async fn apply(
             continue;
         }
         board.clear(&target);
-        let concerned = services.iter().filter(|service| service.is_concerned(&target));
-        applied.untold.extend(concerned.map(|service| service.unit));
         applied.accept(target.clone());
         changed.push(target);
     }
@@ -110,6 +149,8 @@ pub async fn apply(
         match tell(service).await {
             Ok(Told::Done) => {
                 applied.untold.remove(service.unit);
+                // At worst it is told once more.
+                let _ = applied.write_untold(places);
                 board.clear(service.unit);
             }
             Ok(Told::Later) => {}
@@ -261,6 +302,27 @@ mod tests {
         assert_eq!(lay("good").await, 0);
         assert!(!board.snapshot().problems.contains_key(SERVICES[0].unit));
         assert_eq!(lay("good").await, 0);
+    }
+
+    #[tokio::test]
+    async fn a_restarted_agent_tells_what_the_one_before_it_could_not() {
+        let root = tempfile::tempdir().unwrap();
+        let (places, board) = (Places::under(root.path()), Board::default());
+        let told = RefCell::new(0);
+        let lay = async |works: bool| {
+            let mut applied = Applied::read(&places, &SERVICES);
+            let tell = async |_: &Service| {
+                *told.borrow_mut() += 1;
+                if works { Ok(Told::Done) } else { Err(anyhow!("it refuses to reload")) }
+            };
+            apply(&places, &board, &SERVICES, &mut applied, rendered("good"), tell).await.unwrap();
+            *told.borrow()
+        };
+        assert_eq!(lay(false).await, 1);
+        assert_eq!(lay(true).await, 2);
+        assert_eq!(lay(true).await, 2);
+        std::fs::write(places.untold(), "nonsense").unwrap();
+        assert_eq!(lay(true).await, 2);
     }
 
     #[tokio::test]

@@ -76,9 +76,10 @@ impl Node {
         }
         let etcd = Etcd::new(http.clone(), endpoints);
         let registry = Registry::new(&seed.cluster.name);
+        let services = list_services(&entry.roles);
         Ok(Node {
-            services: list_services(&entry.roles),
-            applied: Applied::default(),
+            applied: Applied::read(&places, &services),
+            services,
             site: Site::new(&places, &board, &etcd, &registry, &seed)?,
             etcd,
             registry,

@@ -73,6 +73,11 @@ impl Places {
         self.join("/var/lib/etcd")
     }
 
+    /// Units that have not taken in their changed files yet.
+    pub fn untold(&self) -> PathBuf {
+        self.run().join("untold.json")
+    }
+
     /// Where systemd puts the credentials that the machine was given.
     pub fn machine_credential(&self) -> PathBuf {
         self.join("/run/credentials/@system/stanchion.seed")
