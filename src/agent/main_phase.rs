@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::backup::{keep_backups, withhold};
 use super::board::{CLOCK, log};
@@ -241,7 +241,10 @@ async fn catch_up(node: &mut Node) -> Result<()> {
         node.board.clear("services");
     }
     if node.has(Role::Db) {
-        reconcile_settings(node).await;
+        match reconcile_settings(node).await {
+            Ok(()) => node.board.clear("settings"),
+            Err(error) => node.board.raise("settings", format!("{error:#}")),
+        }
     }
     Ok(())
 }
@@ -287,22 +290,25 @@ async fn check_clock_again(node: &Node) {
 
 /// Patroni reads its dynamic settings from its file once; later they come through its
 /// interface, from one node only: the leader's.
-async fn reconcile_settings(node: &mut Node) {
+///
+/// # Errors
+/// When it refuses them. A Patroni that does not answer is told by readiness.
+async fn reconcile_settings(node: &Node) -> Result<()> {
+    let (http, address) = (&node.http, node.entry.address);
+    let Ok(own) = patroni::read_own(http, address).await else { return Ok(()) };
     let path = node.places.join("/etc/patroni/dynamic.json");
-    let reconcile = async {
-        let own = patroni::read_own(&node.http, node.entry.address).await?;
-        let Some(bytes) = read_bounded(&path, 64 << 10)?.filter(|_| own.role == "primary") else {
-            return Ok(Vec::new());
-        };
-        let wanted = serde_json::from_slice(&bytes)?;
-        let Some(secret) = node.seed.secrets.get("patroni_rest") else { return Ok(Vec::new()) };
-        patroni::reconcile(&node.http, node.entry.address, secret, &wanted).await
+    let Some(bytes) = read_bounded(&path, 64 << 10)?.filter(|_| own.role == "primary") else {
+        return Ok(());
     };
-    let done: Result<Vec<String>> = reconcile.await;
-    match done {
-        Ok(names) if names.is_empty() => {}
-        Ok(names) => log(&format!("patroni: set {}", names.join(", "))),
-        // A Patroni that does not answer is told by readiness.
-        Err(_) => {}
+    let wanted = serde_json::from_slice(&bytes).context("reading Patroni's dynamic settings")?;
+    let Some(secret) = node.seed.secrets.get("patroni_rest") else { return Ok(()) };
+    let Ok(changes) = patroni::find_changes(http, address, &wanted).await else { return Ok(()) };
+    if changes.is_empty() {
+        return Ok(());
     }
+    let names = changes.keys().cloned().collect::<Vec<String>>().join(", ");
+    let changed = patroni::change_settings(http, address, secret, changes).await;
+    changed.with_context(|| format!("setting {names}"))?;
+    log(&format!("patroni: set {names}"));
+    Ok(())
 }

@@ -74,21 +74,25 @@ pub async fn read_view(http: &Client, address: Ipv4Addr) -> Result<View> {
     serde_json::from_value(value).context("reading Patroni's cluster")
 }
 
-/// The dynamic settings that differ from what they should be are set; their names.
-pub async fn reconcile(
+/// The dynamic settings that differ from what they should be, as they should be.
+pub async fn find_changes(
+    http: &Client,
+    address: Ipv4Addr,
+    wanted: &Value,
+) -> Result<Map<String, Value>> {
+    let present = get(http, address, "config").await?;
+    Ok(find_difference(&present, wanted))
+}
+
+/// Set dynamic settings.
+pub async fn change_settings(
     http: &Client,
     address: Ipv4Addr,
     secret: &Secret,
-    wanted: &Value,
-) -> Result<Vec<String>> {
-    let present = get(http, address, "config").await?;
-    let difference = find_difference(&present, wanted);
-    let names: Vec<String> = difference.keys().cloned().collect();
-    if names.is_empty() {
-        return Ok(names);
-    }
+    changes: Map<String, Value>,
+) -> Result<()> {
     let url = format!("https://{address}:{PORT}/config");
-    let body = Value::Object(difference).to_string();
+    let body = Value::Object(changes).to_string();
     let response = http
         .patch(url)
         .basic_auth("patroni", Some(secret.reveal()))
@@ -101,7 +105,7 @@ pub async fn reconcile(
     if !response.status().is_success() {
         bail!("Patroni answers {} to new settings", response.status());
     }
-    Ok(names)
+    Ok(())
 }
 
 /// Ask the leader's Patroni to hand over; it answers when it is done.
