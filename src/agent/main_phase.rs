@@ -18,6 +18,7 @@ use super::render::{NodeView, merge_nodes};
 use super::roles::web;
 use super::runner::{Retry, Step, Verdict};
 use super::slots::{drop_lost_slots, list_owners};
+use super::system_id;
 use super::systemd::{Active, query_unit, reload_daemon, start_unit, stop_unit_later};
 use super::watch_leader::Watcher;
 use super::web::Web;
@@ -174,7 +175,7 @@ async fn start_units(node: &mut Node, units: &[&'static str]) -> Result<Verdict>
             continue;
         }
         if *unit == "patroni.service"
-            && let Some(reason) = withhold(node).await?
+            && let Some(reason) = withhold_database(node).await?
         {
             obstacles.push(format!("{unit} waits: {reason}"));
             continue;
@@ -192,6 +193,15 @@ async fn start_units(node: &mut Node, units: &[&'static str]) -> Result<Verdict>
         return Ok(Verdict::Done);
     }
     Ok(Verdict::Warn(obstacles.join("; ")))
+}
+
+/// Why PostgreSQL must not start now; `None` when it may.
+async fn withhold_database(node: &Node) -> Result<Option<String>> {
+    // A restore says by itself whose data count.
+    match withhold(node).await? {
+        Some(reason) => Ok(Some(reason)),
+        None => system_id::withhold(node).await,
+    }
 }
 
 /// Keep the node's files in step with the cluster, for ever.

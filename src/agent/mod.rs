@@ -39,6 +39,7 @@ pub mod runner;
 pub mod server;
 pub mod site;
 pub mod slots;
+mod system_id;
 pub mod systemd;
 pub mod table;
 pub mod tls;
