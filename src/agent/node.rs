@@ -75,7 +75,8 @@ impl Node {
             status.members = seed.cluster.nodes.clone();
         }
         let etcd = Etcd::new(http.clone(), endpoints);
-        let registry = Registry::new(&seed.cluster.name);
+        let known = seed.cluster.nodes.iter().map(|node| node.name.clone());
+        let registry = Registry::new(&seed.cluster.name, known);
         let services = list_services(&entry.roles);
         Ok(Node {
             applied: Applied::read(&places, &services),

@@ -8,6 +8,7 @@
 //! /stanchion/<cluster>/secrets/<name>  keyed fingerprint of a secret
 //! /stanchion/<cluster>/restore/record  how far a restore is (backup/restore.rs)
 //! /stanchion/<cluster>/locks/<name>    work that one node does at a time
+//! /stanchion/<cluster>/redis/master    the last known Redis master (observe.rs)
 //! /stanchion/<cluster>/site/<name>     what the edges show users, sealed
 //! /stanchion/<cluster>/maintenance     users are asked to wait: since when, and why
 //! /stanchion/<cluster>/pause/since     when `patronictl pause` was first seen
@@ -32,6 +33,11 @@ pub const NODE_LEASE: u32 = 10;
 pub const PULSE_LEASE: u32 = 2;
 /// What of the cluster's key holds [`Maintenance`].
 pub const MAINTENANCE: &str = "maintenance";
+/// Nodes that the cluster file does not name and that are listed all the same.
+pub const MAX_STRANGERS: usize = 64;
+/// Reasons of one node that are kept, and characters of each and of its other words.
+const MAX_REASONS: usize = 64;
+const MAX_WORDS: usize = 1000;
 /// Between two beats of a pulse, and as long waits one for an endpoint of etcd.
 const BEAT: Duration = Duration::from_millis(500);
 /// A watch that has been silent for so long is made anew: its server may be gone.
@@ -92,6 +98,8 @@ struct Content {
 #[derive(Clone)]
 pub struct Registry {
     prefix: Arc<str>,
+    /// Names of the nodes of the cluster file.
+    known: Arc<BTreeSet<String>>,
     content: Arc<Mutex<Content>>,
     changed: Arc<tokio::sync::Notify>,
     site_changed: Arc<tokio::sync::Notify>,
@@ -99,9 +107,11 @@ pub struct Registry {
 }
 
 impl Registry {
-    pub fn new(cluster: &str) -> Self {
+    /// Of a cluster, with the names of the nodes that its file has.
+    pub fn new(cluster: &str, known: impl IntoIterator<Item = String>) -> Self {
         Registry {
             prefix: format!("/stanchion/{cluster}/").into(),
+            known: Arc::new(known.into_iter().collect()),
             content: Arc::default(),
             changed: Arc::default(),
             site_changed: Arc::default(),
@@ -259,12 +269,13 @@ impl Registry {
                 content.maintenance = Some(serde_json::from_str(&entry.value).unwrap_or_default());
             }
             Some(("nodes", name)) => {
-                // Configuration is made of it: what does not fit is not taken.
-                if let Ok(node) = serde_json::from_str::<Registration>(&entry.value)
-                    && node.node.name == name
-                    && is_plain(name)
-                    && is_plain(&node.node.zone)
-                    && is_plain(&node.node.profile)
+                // Configuration is made of it: what does not fit is not taken, and what was
+                // there before it does not count any more.
+                content.nodes.remove(name);
+                let known = &self.known;
+                let strangers = content.nodes.keys().filter(|name| !known.contains(*name)).count();
+                if let Some(node) = read_registration(name, &entry.value)
+                    && (known.contains(name) || strangers < MAX_STRANGERS)
                 {
                     content.nodes.insert(name.to_string(), node);
                 }
@@ -283,6 +294,22 @@ impl Registry {
     fn split<'k>(&self, key: &'k str) -> Option<(&'k str, &'k str)> {
         key.strip_prefix(&*self.prefix)?.split_once('/')
     }
+}
+
+/// A registration that fits its key, with bounds on what is only shown.
+fn read_registration(name: &str, text: &str) -> Option<Registration> {
+    let mut node: Registration = serde_json::from_str(text).ok()?;
+    let plain = [name, &node.node.zone, &node.node.profile].into_iter().all(is_plain);
+    if !plain || node.node.name != name {
+        return None;
+    }
+    node.reasons.truncate(MAX_REASONS);
+    let states = [&mut node.version, &mut node.etcd, &mut node.postgres, &mut node.redis];
+    for text in states.into_iter().chain([&mut node.web]).chain(&mut node.reasons) {
+        let end = text.char_indices().nth(MAX_WORDS).map_or(text.len(), |(end, _)| end);
+        text.truncate(end);
+    }
+    Some(node)
 }
 
 /// A name that may stand in any configuration.
@@ -390,13 +417,17 @@ mod tests {
 
     #[test]
     fn nodes_come_and_go_and_nonsense_is_left_out() {
-        let registry = Registry::new("c");
+        let registry = Registry::new("c", []);
         let good = serde_json::to_string(&registration("w1")).unwrap();
         let evil = serde_json::to_string(&registration("x\n  server evil")).unwrap();
         registry.take(Event::Put(entry("/stanchion/c/nodes/w1", &good)));
         registry.take(Event::Put(entry("/stanchion/c/nodes/x\n  server evil", &evil)));
         registry.take(Event::Put(entry("/stanchion/c/nodes/w2", &good)));
         registry.take(Event::Put(entry("/stanchion/c/nodes/w3", "{}")));
+        // One that no longer fits takes the old one with it.
+        registry.take(Event::Put(entry("/stanchion/c/nodes/w4", &good.replace("w1", "w4"))));
+        assert_eq!(registry.list_nodes().len(), 2);
+        registry.take(Event::Put(entry("/stanchion/c/nodes/w4", "{")));
         registry.take(Event::Put(entry("/stanchion/c/pulse/w1", "")));
         assert_eq!(registry.list_nodes().keys().collect::<Vec<_>>(), ["w1"]);
         assert!(registry.list_pulses().contains("w1"));
@@ -407,10 +438,28 @@ mod tests {
     }
 
     #[test]
+    fn strangers_and_their_words_are_bounded() {
+        let registry = Registry::new("c", ["z1".to_string()]);
+        let mut node = registration("w1");
+        node.version = "ä".repeat(5000);
+        node.reasons = vec!["x".repeat(5000); 5000];
+        for name in (0..90).map(|n| format!("w{n}")).chain(["z1".into()]) {
+            node.node.name = name.clone();
+            let text = serde_json::to_string(&node).unwrap();
+            registry.take(Event::Put(entry(&format!("/stanchion/c/nodes/{name}"), &text)));
+        }
+        let nodes = registry.list_nodes();
+        assert_eq!(nodes.len(), MAX_STRANGERS + 1);
+        let node = &nodes["z1"];
+        assert_eq!(node.version.chars().count(), MAX_WORDS);
+        assert_eq!((node.reasons.len(), node.reasons[0].len()), (MAX_REASONS, MAX_WORDS));
+    }
+
+    #[test]
     fn maintenance_begins_and_ends() {
-        let registry = Registry::new("c");
+        let registry = Registry::new("c", []);
         let key = "/stanchion/c/maintenance";
-        assert_eq!(Registry::new("c").name_maintenance(), key);
+        assert_eq!(Registry::new("c", []).name_maintenance(), key);
         registry.take(Event::Put(entry(key, r#"{"since":7,"by":"operator","reason":"disks"}"#)));
         assert_eq!(registry.find_maintenance().unwrap().reason, "disks");
         registry.take(Event::Put(entry(key, "nonsense")));
@@ -421,7 +470,7 @@ mod tests {
 
     #[test]
     fn a_sighting_that_is_read_again_grows_older() {
-        let registry = Registry::new("c");
+        let registry = Registry::new("c", []);
         let seen =
             entry("/stanchion/c/seen/n2", &serde_json::to_string(&Sighting::default()).unwrap());
         registry.replace(std::slice::from_ref(&seen));

@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 use super::files::{Access, read_bounded};
 use super::places::Places;
-use super::registry::Maintenance;
+use super::registry::{MAX_STRANGERS, Maintenance};
 use super::tls::{POSTGRES_CA, REDIS_CA};
 use crate::config::cluster::{Cluster, Role};
 use crate::seed::Seed;
@@ -25,8 +25,6 @@ const MAX_TEMPLATE: u64 = 128 << 10;
 const MAX_FILES: usize = 2000;
 /// What a node that the cluster file does not name may be.
 const LATER_ROLES: [Role; 2] = [Role::Web, Role::Edge];
-/// Such nodes that configuration is made of.
-const MAX_LATER: usize = 64;
 
 /// A node as templates see it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -157,7 +155,7 @@ pub fn merge_nodes(cluster: &Cluster, registered: &BTreeMap<String, NodeView>) -
             ordinal: nodes.len() + 1,
         });
     }
-    let most = nodes.len() + MAX_LATER;
+    let most = nodes.len() + MAX_STRANGERS;
     for (name, node) in registered {
         let roles: Vec<Role> =
             LATER_ROLES.into_iter().filter(|role| node.roles.contains(role)).collect();
@@ -350,6 +348,6 @@ mod tests {
         let twice = ["w1", "w2"].map(|name| view(name, [10, 0, 0, 4], &[Role::Web]));
         assert_eq!(merge(twice).len(), 2);
         let flood = (2..90).map(|n| view(&format!("w{n}"), [10, 0, 0, n], &[Role::Edge]));
-        assert_eq!(merge(flood).len(), 1 + MAX_LATER);
+        assert_eq!(merge(flood).len(), 1 + MAX_STRANGERS);
     }
 }

@@ -131,7 +131,7 @@ async fn real_members_give_back_what_was_deleted_one_at_a_time() {
     let done = http.post(url).body(compact.to_string()).send().await.unwrap();
     assert!(done.status().is_success(), "{done:?}");
 
-    let registry = Registry::new("trial");
+    let registry = Registry::new("trial", []);
     let lock = registry.key("locks", "defragment");
     let looker = |n: usize| Defragmenter {
         etcd: etcd.clone(),
