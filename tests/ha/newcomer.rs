@@ -89,10 +89,8 @@ fn issue(ha: &Ha, name: &str, address: Ipv4Addr, role: Role) -> (Vec<u8>, [Strin
     (bytes, [seed.certificate, seed.key])
 }
 
-/// Whether it lacks nothing but a second web node, by the cluster file that it knows.
 fn is_ready(ha: &Ha) -> bool {
-    let alone = format!("not HA: {NAME} alone has the role web: NetBox is gone with it");
-    ha.get_status(NAME).is_some_and(|page| page["reasons"] == serde_json::json!([alone]))
+    ha.get_status(NAME).is_some_and(|page| page["ready"] == true)
 }
 
 fn ask(ha: &Ha, users: &Users, node: &str) -> Option<u16> {
