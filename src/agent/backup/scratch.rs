@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::pgbackrest::{ask_unit, run_unit};
+use super::pgbackrest::{ask_unit, name_question, run_unit};
 use crate::agent::files::find_account;
 use crate::agent::operate::{Desk, Say};
 use crate::agent::psql::{run_psql, run_psql_in};
@@ -158,12 +158,12 @@ impl Scratch {
         stop_unit(UNIT_SERVICE).await?;
         let control = format!("{BIN}/pg_controldata");
         let data = self.data.display().to_string();
-        let text = ask_unit("stanchion-scratch-look", &[&control, "-D", &data]).await?;
+        let text = ask_unit(&[&control, "-D", &data]).await?;
         if !text.lines().any(|line| line.contains("cluster state") && line.ends_with("shut down")) {
             bail!("PostgreSQL did not stop in good order");
         }
         let checksums = format!("{BIN}/pg_checksums");
-        run_unit("stanchion-scratch-look", &[&checksums, "--check", "-D", &data], say)
+        run_unit(&name_question(), &[&checksums, "--check", "-D", &data], say)
             .await
             .context("looking at the checksums of all pages")
     }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::clock::format_utc;
 use super::info::Backup;
-use super::pgbackrest::{ask_unit, read_info, run_unit};
+use super::pgbackrest::{ask_unit, name_question, read_info, run_unit};
 use super::schedule::choose_due;
 use crate::agent::files::{find_account, remove_file};
 use crate::agent::operate::{ClusterLock, Desk, Say};
@@ -99,7 +99,7 @@ fn give_to_postgres(passwd: &Path, directory: &Path) -> Result<()> {
 pub async fn prepare_repository(stanza: &str) -> Result<()> {
     let option = format!("--stanza={stanza}");
     let program = ["pgbackrest", &option, "--log-level-console=warn", "stanza-create"];
-    let made = run_unit("stanchion-backup-stanza", &program, &Say::to_journal()).await;
+    let made = run_unit(&name_question(), &program, &Say::to_journal()).await;
     made.map_err(|error| {
         let text = format!("{error:#}");
         if text.contains("do not match the database") {
@@ -176,7 +176,7 @@ async fn save_etcd(desk: &Desk) -> Result<u64> {
     for old in list_old(&list_snapshots().await?) {
         let name = format!("etcd/{old}");
         let program = ["pgbackrest", "--log-level-console=off", "repo-rm", &name];
-        ask_unit("stanchion-backup-etcd", &program).await?;
+        ask_unit(&program).await?;
     }
     Ok(size)
 }
@@ -184,12 +184,12 @@ async fn save_etcd(desk: &Desk) -> Result<u64> {
 async fn put_file(from: &Path, name: &str) -> Result<()> {
     let input =
         format!("exec pgbackrest --log-level-console=off repo-put \"$1\" < {}", from.display());
-    ask_unit("stanchion-backup-etcd", &["sh", "-c", &input, "sh", name]).await.map(drop)
+    ask_unit(&["sh", "-c", &input, "sh", name]).await.map(drop)
 }
 
 async fn list_snapshots() -> Result<Vec<String>> {
     let program = ["pgbackrest", "--log-level-console=off", "repo-ls", "etcd"];
-    let text = ask_unit("stanchion-backup-etcd", &program).await?;
+    let text = ask_unit(&program).await?;
     let mut names: Vec<String> =
         text.lines().filter(|name| name.ends_with(".snapshot")).map(str::to_string).collect();
     names.sort();
