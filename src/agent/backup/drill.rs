@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::info::Backup;
 use super::pgbackrest::{read_info, run_unit};
 use super::plan::{Target, choose_backup};
-use super::scratch::{Found, Scratch, make_folder};
+use super::scratch::{FILES, Found, Scratch, end_leftovers, make_folder};
 use super::take::{expect_place, read_clock};
 use crate::agent::operate::{ClusterLock, Desk, Say};
 use crate::error::UserError;
@@ -35,23 +35,33 @@ pub async fn drill(desk: &Desk, say: &Say) -> Result<Value> {
     let folder = desk.places.join(FOLDER);
     expect_room(Path::new("/var/lib/postgresql"), backup.size)?;
     let doing = format!("a restore drill on {}", desk.entry.name);
-    let _lock = ClusterLock::take(&desk.etcd, &desk.registry, "operate", &doing).await?;
+    let lock = ClusterLock::take(&desk.etcd, &desk.registry, "operate", &doing).await?;
     let begun = Instant::now();
-    let drilled = restore_and_look(desk, stanza, &folder, say).await;
-    remove_folder(&folder).await?;
+    let drilled = restore_and_look(desk, &lock, stanza, &folder, say).await;
+    let removed = remove_folder(&folder).await;
+    lock.give_back().await;
+    removed?;
     let seconds = begun.elapsed().as_secs_f64();
     let node = desk.entry.name.clone();
     Ok(serde_json::to_value(Drilled { node, backup, found: drilled?, seconds })?)
 }
 
-async fn restore_and_look(desk: &Desk, stanza: &str, folder: &Path, say: &Say) -> Result<Found> {
+async fn restore_and_look(
+    desk: &Desk,
+    lock: &ClusterLock,
+    stanza: &str,
+    folder: &Path,
+    say: &Say,
+) -> Result<Found> {
+    end_leftovers().await?;
+    lock.expect_held()?;
     remove_folder(folder).await?;
     make_folder(desk, folder)?;
     let (stanza, path) = (format!("--stanza={stanza}"), format!("--pg1-path={}", folder.display()));
     say.say("restoring the last backup into a scratch folder");
     // It must not add to the archive of the database that lives.
     let program = ["pgbackrest", &stanza, &path, "--archive-mode=off", "restore"];
-    run_unit("stanchion-restore-files", &program, say).await?;
+    run_unit(FILES, &program, say).await?;
     say.say("replaying the log that was archived since");
     let scratch = Scratch::start(desk, folder, false, say).await?;
     let found = scratch.look().await;

@@ -23,7 +23,7 @@ use super::drill::{expect_room, remove_folder};
 use super::info::Backup;
 use super::pgbackrest::{read_info, run_unit};
 use super::plan::{Target, choose_backup};
-use super::scratch::{Found, Scratch, make_folder};
+use super::scratch::{FILES, Found, Scratch, end_leftovers, make_folder};
 use super::take::{expect_place, read_clock};
 use crate::agent::board::log;
 use crate::agent::etcd::Outcome;
@@ -130,7 +130,8 @@ fn judge_start(record: &Record, name: &str) -> Option<String> {
     })
 }
 
-async fn write_record(desk: &Desk, record: &Record) -> Result<()> {
+async fn write_record(desk: &Desk, lock: &ClusterLock, record: &Record) -> Result<()> {
+    lock.expect_held()?;
     desk.etcd.put(&key(desk), &serde_json::to_string(record)?, None).await
 }
 
@@ -141,7 +142,13 @@ pub async fn restore(desk: &Desk, body: Value, say: &Say) -> Result<Value> {
         return plan(desk, target).await;
     }
     let doing = format!("a step of a restore on {}", desk.entry.name);
-    let _lock = ClusterLock::take(&desk.etcd, &desk.registry, "operate", &doing).await?;
+    let lock = ClusterLock::take(&desk.etcd, &desk.registry, "operate", &doing).await?;
+    let done = do_step(desk, &lock, step, say).await;
+    lock.give_back().await;
+    done
+}
+
+async fn do_step(desk: &Desk, lock: &ClusterLock, step: Step, say: &Say) -> Result<Value> {
     if let Step::Begin { target, in_place } = step {
         return begin(desk, target, in_place).await;
     }
@@ -151,11 +158,11 @@ pub async fn restore(desk: &Desk, body: Value, say: &Say) -> Result<Value> {
     match step {
         Step::Plan { .. } | Step::Begin { .. } => {}
         Step::Stop => stop_database(desk, &record, say).await?,
-        Step::Fetch => return fetch(desk, record, say).await,
-        Step::Lead => lead(desk, record, say).await?,
-        Step::Follow => follow(desk, record, say).await?,
+        Step::Fetch => return fetch(desk, lock, record, say).await,
+        Step::Lead => lead(desk, lock, record, say).await?,
+        Step::Follow => follow(desk, lock, record, say).await?,
         Step::End => return end(desk, &record).await,
-        Step::Abort => abort(desk, &record, say).await?,
+        Step::Abort => abort(desk, lock, record, say).await?,
     }
     Ok(json!({}))
 }
@@ -266,26 +273,35 @@ async fn expect_stopped(desk: &Desk, record: &Record) -> Result<()> {
     Ok(())
 }
 
-async fn fetch(desk: &Desk, mut record: Record, say: &Say) -> Result<Value> {
+async fn fetch(
+    desk: &Desk,
+    lock: &ClusterLock,
+    mut record: Record,
+    say: &Say,
+) -> Result<Value> {
     if record.stage >= Stage::Restored {
         return Ok(json!({}));
     }
     expect_stopped(desk, &record).await?;
+    end_leftovers().await?;
     let (data, kept) = (desk.places.join(DATA), name_kept(desk, &record));
     if record.stage == Stage::Stopping && !record.in_place && data.exists() && !kept.exists() {
+        lock.expect_held()?;
         drop_earlier(desk).await?;
+        lock.expect_held()?;
         std::fs::rename(&data, &kept).context("putting the old data aside")?;
         say.say(format!("the old data are at {} until the next restore", kept.display()));
     }
     record.stage = Stage::Fetching;
-    write_record(desk, &record).await?;
+    write_record(desk, lock, &record).await?;
     // In place of what an earlier try left.
+    lock.expect_held()?;
     remove_folder(&data).await?;
     make_folder(desk, &data)?;
     let found = restore_and_look(desk, &record, &data, say).await?;
     record.stage = Stage::Restored;
     record.system = found.system.clone();
-    write_record(desk, &record).await?;
+    write_record(desk, lock, &record).await?;
     Ok(serde_json::to_value(found)?)
 }
 
@@ -314,7 +330,7 @@ async fn restore_and_look(desk: &Desk, record: &Record, data: &Path, say: &Say) 
     }
     program.push("restore");
     say.say(format!("restoring the backup {}", record.backup));
-    run_unit("stanchion-restore-files", &program, say).await?;
+    run_unit(FILES, &program, say).await?;
     say.say(format!("replaying the log to {}", record.target.describe()));
     let scratch = Scratch::start(desk, data, true, say).await?;
     let prepared = async {
@@ -359,13 +375,14 @@ fn write_settings(desk: &Desk) -> Result<String> {
 }
 
 /// Make the restored data the cluster's.
-async fn lead(desk: &Desk, mut record: Record, say: &Say) -> Result<()> {
+async fn lead(desk: &Desk, lock: &ClusterLock, mut record: Record, say: &Say) -> Result<()> {
     if record.stage < Stage::Restored {
         return Err(UserError::new("nothing is restored yet").into());
     }
     if record.stage == Stage::Restored {
         expect_stopped(desk, &record).await?;
         let prefix = format!("/service/{}/", desk.seed.cluster.name);
+        lock.expect_held()?;
         for entry in desk.etcd.list(&prefix).await?.entries {
             let name = entry.key.strip_prefix(&prefix).unwrap_or_default();
             // The settings stay; everything else is of what is gone.
@@ -376,7 +393,7 @@ async fn lead(desk: &Desk, mut record: Record, say: &Say) -> Result<()> {
         desk.etcd.put(&format!("{prefix}initialize"), &record.system, None).await?;
         record.stage = Stage::Leading;
         record.released = vec![desk.entry.name.clone()];
-        write_record(desk, &record).await?;
+        write_record(desk, lock, &record).await?;
         say.say("what Patroni knew of the old leader is deleted");
     }
     start_database().await?;
@@ -418,7 +435,12 @@ async fn wait_for(
     bail!("{} {failure} within {} s", desk.entry.name, limit.as_secs())
 }
 
-async fn follow(desk: &Desk, mut record: Record, say: &Say) -> Result<()> {
+async fn follow(
+    desk: &Desk,
+    lock: &ClusterLock,
+    mut record: Record,
+    say: &Say,
+) -> Result<()> {
     if record.stage < Stage::Leading {
         return Err(UserError::new("the restored data do not lead yet").into());
     }
@@ -427,9 +449,10 @@ async fn follow(desk: &Desk, mut record: Record, say: &Say) -> Result<()> {
     }
     if !record.released.contains(&desk.entry.name) {
         stop_database(desk, &record, say).await?;
+        lock.expect_held()?;
         remove_folder(&desk.places.join(DATA)).await?;
         record.released.push(desk.entry.name.clone());
-        write_record(desk, &record).await?;
+        write_record(desk, lock, &record).await?;
         say.say("the old data are deleted; copying from the new leader");
     }
     start_database().await?;
@@ -453,30 +476,59 @@ async fn end(desk: &Desk, record: &Record) -> Result<Value> {
     Ok(json!({ "kept": kept.exists().then(|| kept.display().to_string()) }))
 }
 
+/// What brings a node's data to what they were before a restore.
+#[derive(Debug, PartialEq, Eq)]
+enum WayBack {
+    /// What is there was there before.
+    Untouched,
+    /// What was restored goes, and what was kept comes back.
+    Kept,
+    /// What was restored goes, and nothing was kept.
+    Nothing,
+}
+
+/// The old data are renamed before the record says so: what is on the disk counts.
+fn choose_way_back(stage: Stage, has_kept: bool) -> WayBack {
+    match (has_kept, stage) {
+        (true, _) => WayBack::Kept,
+        (false, Stage::Stopping) => WayBack::Untouched,
+        (false, _) => WayBack::Nothing,
+    }
+}
+
 /// Before the restored data lead, all can be as it was.
-async fn abort(desk: &Desk, record: &Record, say: &Say) -> Result<()> {
+async fn abort(desk: &Desk, lock: &ClusterLock, mut record: Record, say: &Say) -> Result<()> {
     if record.stage >= Stage::Leading {
         return Err(UserError::new("there is no way back any more")
             .why("the restored data are the cluster's already")
             .help("go on with `stanchion restore`")
             .into());
     }
-    let (data, kept) = (desk.places.join(DATA), name_kept(desk, record));
-    if record.node == desk.entry.name && record.stage > Stage::Stopping {
-        if kept.exists() {
+    if record.node != desk.entry.name {
+        return Err(UserError::new(format!("the restore is on {}", record.node)).into());
+    }
+    end_leftovers().await?;
+    let (data, kept) = (desk.places.join(DATA), name_kept(desk, &record));
+    lock.expect_held()?;
+    match choose_way_back(record.stage, kept.exists()) {
+        WayBack::Untouched => {}
+        WayBack::Kept => {
             remove_folder(&data).await?;
+            // Else giving up twice would take the old data for half of a restore.
+            record.stage = Stage::Stopping;
+            write_record(desk, lock, &record).await?;
             std::fs::rename(&kept, &data).context("bringing the old data back")?;
             say.say("the old data are back");
-        } else {
+        }
+        WayBack::Nothing => {
             // Half of a restore must not lead; the others have theirs.
             remove_folder(&data).await?;
             say.say("the data of this node are gone, as --in-place had it; it copies the others'");
         }
     }
-    if record.node == desk.entry.name {
-        desk.etcd.delete(&key(desk)).await?;
-        log("restore: given up");
-    }
+    lock.expect_held()?;
+    desk.etcd.delete(&key(desk)).await?;
+    log("restore: given up");
     Ok(())
 }
 
@@ -494,6 +546,16 @@ pub async fn start_again(desk: &Desk) -> Result<Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn giving_up_deletes_nothing_that_was_there_before() {
+        assert_eq!(choose_way_back(Stage::Stopping, false), WayBack::Untouched);
+        // The agent ended between the renaming and the record.
+        assert_eq!(choose_way_back(Stage::Stopping, true), WayBack::Kept);
+        assert_eq!(choose_way_back(Stage::Fetching, true), WayBack::Kept);
+        assert_eq!(choose_way_back(Stage::Restored, true), WayBack::Kept);
+        assert_eq!(choose_way_back(Stage::Fetching, false), WayBack::Nothing);
+    }
 
     #[test]
     fn during_a_restore_only_released_nodes_start() {

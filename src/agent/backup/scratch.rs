@@ -15,6 +15,8 @@ use crate::agent::systemd::{Active, forget_failure, query_unit, run_program, sto
 use crate::error::UserError;
 
 const UNIT: &str = "stanchion-scratch";
+/// The unit that brings the files of a backup.
+pub const FILES: &str = "stanchion-restore-files";
 const BIN: &str = "/usr/lib/postgresql/17/bin";
 /// A recovery replays what was written since its backup.
 const RECOVERY: Duration = Duration::from_secs(12 * 3600);
@@ -48,7 +50,7 @@ pub fn make_folder(desk: &Desk, path: &Path) -> Result<()> {
 impl Scratch {
     /// Start PostgreSQL on a data folder, and wait until it has recovered and takes writes.
     pub async fn start(desk: &Desk, data: &Path, keep_archive: bool, say: &Say) -> Result<Self> {
-        end_unit().await?;
+        end_unit(UNIT_SERVICE).await?;
         let socket = desk.places.join("/run/stanchion-scratch");
         make_folder(desk, &socket)?;
         let write = |name: &str, text: &str| {
@@ -89,7 +91,7 @@ impl Scratch {
         match scratch.wait_for_recovery(say).await {
             Ok(()) => Ok(scratch),
             Err(error) => {
-                end_unit().await?;
+                end_unit(UNIT_SERVICE).await?;
                 Err(error)
             }
         }
@@ -171,13 +173,19 @@ impl Scratch {
 
 const UNIT_SERVICE: &str = "stanchion-scratch.service";
 
+/// What an agent that was restarted meanwhile has left: it writes into the folder still.
+pub async fn end_leftovers() -> Result<()> {
+    end_unit(&format!("{FILES}.service")).await?;
+    end_unit(UNIT_SERVICE).await
+}
+
 /// One that an earlier run left behind.
-async fn end_unit() -> Result<()> {
-    if query_unit(UNIT_SERVICE).await? != Active::Missing {
-        stop_unit(UNIT_SERVICE).await?;
+async fn end_unit(unit: &str) -> Result<()> {
+    if query_unit(unit).await? != Active::Missing {
+        stop_unit(unit).await?;
     }
-    if query_unit(UNIT_SERVICE).await? == Active::Failed {
-        forget_failure(UNIT_SERVICE).await?;
+    if query_unit(unit).await? == Active::Failed {
+        forget_failure(unit).await?;
     }
     Ok(())
 }

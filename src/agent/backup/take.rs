@@ -143,7 +143,13 @@ pub async fn take_by_verb(desk: &Desk, body: Value, say: &Say) -> Result<Value> 
 /// Take a backup of the leader, which this node is.
 pub async fn take(desk: &Desk, kind: Kind, say: &Say) -> Result<Taken> {
     let doing = format!("a backup on {}", desk.entry.name);
-    let _lock = ClusterLock::take(&desk.etcd, &desk.registry, "operate", &doing).await?;
+    let lock = ClusterLock::take(&desk.etcd, &desk.registry, "operate", &doing).await?;
+    let taken = write_backup(desk, kind, say).await;
+    lock.give_back().await;
+    taken
+}
+
+async fn write_backup(desk: &Desk, kind: Kind, say: &Say) -> Result<Taken> {
     let begun = Instant::now();
     let stanza = desk.seed.cluster.name.as_str();
     let option = format!("--stanza={stanza}");
