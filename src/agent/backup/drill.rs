@@ -63,7 +63,7 @@ async fn restore_and_look(
     let program = ["pgbackrest", &stanza, &path, "--archive-mode=off", "restore"];
     run_unit(FILES, &program, say).await?;
     say.say("replaying the log that was archived since");
-    let scratch = Scratch::start(desk, folder, false, say).await?;
+    let scratch = Scratch::start(desk, folder, say).await?;
     let found = scratch.look().await;
     scratch.stop(say).await?;
     found

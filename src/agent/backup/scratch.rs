@@ -49,7 +49,7 @@ pub fn make_folder(desk: &Desk, path: &Path) -> Result<()> {
 
 impl Scratch {
     /// Start PostgreSQL on a data folder, and wait until it has recovered and takes writes.
-    pub async fn start(desk: &Desk, data: &Path, keep_archive: bool, say: &Say) -> Result<Self> {
+    pub async fn start(desk: &Desk, data: &Path, say: &Say) -> Result<Self> {
         end_unit(UNIT_SERVICE).await?;
         let socket = desk.places.join("/run/stanchion-scratch");
         make_folder(desk, &socket)?;
@@ -72,6 +72,9 @@ impl Scratch {
             "synchronous_standby_names=".to_string(),
             "hot_standby=off".to_string(),
             "logging_collector=off".to_string(),
+            // It promotes: a timeline in the archive that is given up later would lead every
+            // recovery after it astray.
+            "archive_mode=off".to_string(),
         ];
         let data_text = data.display().to_string();
         let mut words = vec!["systemd-run", "--quiet", "--collect", "--uid=postgres"];
@@ -82,9 +85,6 @@ impl Scratch {
         let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
         for setting in &settings {
             words.extend(["-c", setting]);
-        }
-        if !keep_archive {
-            words.extend(["-c", "archive_mode=off"]);
         }
         run_program(&words).await?;
         let scratch = Scratch { socket, data: data.to_path_buf() };
