@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::branches::{list_abandoned, list_live};
 use super::info::Backup;
 use super::pgbackrest::{read_info, run_unit};
 use super::plan::{Target, choose_backup};
@@ -31,13 +32,14 @@ pub async fn drill(desk: &Desk, say: &Say) -> Result<Value> {
     expect_place(desk)?;
     let stanza = desk.seed.cluster.name.as_str();
     let backups = read_info(stanza).await?.list_backups();
+    let backups = list_live(&backups, &list_abandoned().await?);
     let backup = choose_backup(&Target::Latest, &backups, read_clock()?)?.clone();
     let folder = desk.places.join(FOLDER);
     expect_room(Path::new("/var/lib/postgresql"), backup.size)?;
     let doing = format!("a restore drill on {}", desk.entry.name);
     let lock = ClusterLock::take(&desk.etcd, &desk.registry, "operate", &doing).await?;
     let begun = Instant::now();
-    let drilled = restore_and_look(desk, &lock, stanza, &folder, say).await;
+    let drilled = restore_and_look(desk, &lock, &backup.label, &folder, say).await;
     let removed = remove_folder(&folder).await;
     lock.give_back().await;
     removed?;
@@ -49,7 +51,7 @@ pub async fn drill(desk: &Desk, say: &Say) -> Result<Value> {
 async fn restore_and_look(
     desk: &Desk,
     lock: &ClusterLock,
-    stanza: &str,
+    label: &str,
     folder: &Path,
     say: &Say,
 ) -> Result<Found> {
@@ -57,10 +59,11 @@ async fn restore_and_look(
     lock.expect_held()?;
     remove_folder(folder).await?;
     make_folder(desk, folder)?;
-    let (stanza, path) = (format!("--stanza={stanza}"), format!("--pg1-path={}", folder.display()));
+    let (stanza, set) = (format!("--stanza={}", desk.seed.cluster.name), format!("--set={label}"));
+    let path = format!("--pg1-path={}", folder.display());
     say.say("restoring the last backup into a scratch folder");
     // It must not add to the archive of the database that lives.
-    let program = ["pgbackrest", &stanza, &path, "--archive-mode=off", "restore"];
+    let program = ["pgbackrest", &stanza, &path, &set, "--archive-mode=off", "restore"];
     run_unit(FILES, &program, say).await?;
     say.say("replaying the log that was archived since");
     let scratch = Scratch::start(desk, folder, say).await?;

@@ -19,6 +19,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::branches::{Abandoned, judge_time, keep_abandoned, list_abandoned, list_live};
 use super::drill::{expect_room, remove_folder};
 use super::info::Backup;
 use super::pgbackrest::{ask_unit, read_info, run_unit};
@@ -69,6 +70,9 @@ pub struct Record {
     /// The system identifier of what was restored.
     #[serde(default)]
     pub system: String,
+    /// What is given up once the restored data lead, as the repository names it.
+    #[serde(default)]
+    pub abandoned: Option<String>,
     /// Nodes whose PostgreSQL may start.
     #[serde(default)]
     pub released: Vec<String>,
@@ -171,10 +175,16 @@ async fn plan(desk: &Desk, target: Option<Target>) -> Result<Value> {
     expect_place(desk)?;
     let record = read_record(desk).await?;
     let info = read_info(&desk.seed.cluster.name).await?;
-    let backups = info.list_backups();
+    let abandoned = list_abandoned().await?;
+    let backups = list_live(&info.list_backups(), &abandoned);
     let target = record.as_ref().map(|record| record.target.clone()).or(target);
     let backup = match &target {
-        Some(target) => Some(choose_backup(target, &backups, read_clock()?)?.clone()),
+        Some(target) => {
+            if record.is_none() {
+                judge_time(target, &abandoned)?;
+            }
+            Some(choose_backup(target, &backups, read_clock()?)?.clone())
+        }
         None => None,
     };
     let has_room = match &backup {
@@ -200,7 +210,9 @@ async fn begin(desk: &Desk, target: Target, in_place: bool) -> Result<Value> {
     }
     expect_place(desk)?;
     let now = read_clock()?;
-    let backups = read_info(&desk.seed.cluster.name).await?.list_backups();
+    let abandoned = list_abandoned().await?;
+    judge_time(&target, &abandoned)?;
+    let backups = list_live(&read_info(&desk.seed.cluster.name).await?.list_backups(), &abandoned);
     let backup = choose_backup(&target, &backups, now)?;
     if !in_place {
         expect_room(Path::new("/var/lib/postgresql"), backup.size)
@@ -219,6 +231,7 @@ async fn begin(desk: &Desk, target: Target, in_place: bool) -> Result<Value> {
         in_place,
         stage: Stage::Stopping,
         system: String::new(),
+        abandoned: None,
         released: Vec::new(),
     };
     let text = serde_json::to_string(&record)?;
@@ -321,11 +334,11 @@ async fn restore_and_look(desk: &Desk, record: &Record, data: &Path, say: &Say) 
     let stanza = format!("--stanza={}", desk.seed.cluster.name);
     let set = format!("--set={}", record.backup);
     let time = format!("--target={}", record.target.describe());
-    let mut program = vec!["pgbackrest", stanza.as_str()];
+    let mut program = vec!["pgbackrest", stanza.as_str(), set.as_str()];
     match record.target {
         Target::Latest => program.push("--type=default"),
         Target::Time(..) => {
-            program.extend(["--type=time", time.as_str(), "--target-action=promote", &set]);
+            program.extend(["--type=time", time.as_str(), "--target-action=promote"]);
         }
     }
     program.push("restore");
@@ -393,9 +406,12 @@ async fn lead(desk: &Desk, lock: &ClusterLock, mut record: Record, say: &Say) ->
         desk.etcd.put(&format!("{prefix}initialize"), &record.system, None).await?;
         record.stage = Stage::Leading;
         record.released = vec![desk.entry.name.clone()];
+        let given_up = Abandoned::by(&record.target, record.id, read_clock()?);
+        record.abandoned = Some(given_up.name());
         write_record(desk, lock, &record).await?;
         say.say("what Patroni knew of the old leader is deleted");
     }
+    keep_abandoned(&record).await?;
     archive_timeline(desk).await?;
     start_database().await?;
     wait_for(desk, LEADS, "did not become the leader", |member, _| {
@@ -605,6 +621,7 @@ mod tests {
             in_place: false,
             stage: Stage::Restored,
             system: String::new(),
+        abandoned: None,
             released: vec!["n1".into()],
         };
         assert!(judge_start(&record, "n1").unwrap().contains("under way"));

@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::archive::{judge_archive, look_at_archive};
+use super::branches::{list_abandoned, needs_full};
 use super::info::Backup;
 use super::pgbackrest::read_info;
 use super::restore::read_record;
@@ -78,7 +79,9 @@ async fn look(desk: &Desk, is_prepared: &mut bool, ask: bool) -> Result<()> {
     }
     let backups = read_info(stanza).await?.list_backups();
     let now = read_clock()?;
-    if let Some(kind) = choose_due(now, &backups) {
+    let is_new_branch = needs_full(&backups, &list_abandoned().await?);
+    let due = is_new_branch.then_some(Kind::Full).or_else(|| choose_due(now, &backups));
+    if let Some(kind) = due {
         Say::to_journal().say(format!("backup: a {kind:?} one is due"));
         let taken = take(desk, kind, &Say::to_journal()).await;
         let is_old = backups.last().is_none_or(|last| now.saturating_sub(last.stop) > OLD);

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::branches::{list_abandoned, needs_full};
 use super::clock::format_utc;
 use super::info::Backup;
 use super::pgbackrest::{ask_unit, name_question, read_info, run_unit};
@@ -131,8 +132,9 @@ pub async fn take_by_verb(desk: &Desk, body: Value, say: &Say) -> Result<Value> 
     let stanza = desk.seed.cluster.name.as_str();
     prepare_repository(stanza).await?;
     let backups = read_info(stanza).await?.list_backups();
-    // Without a full one there is nothing to differ from.
-    let kind = match (wish.kind, backups.is_empty()) {
+    // Without a full one of this branch there is nothing to differ from.
+    let needs_full = backups.is_empty() || needs_full(&backups, &list_abandoned().await?);
+    let kind = match (wish.kind, needs_full) {
         (_, true) => Kind::Full,
         (Some(kind), _) => kind,
         (None, _) => choose_due(read_clock()?, &backups).unwrap_or(Kind::Differential),
