@@ -8,7 +8,7 @@ use super::archive::{judge_archive, look_at_archive};
 use super::branches::{list_abandoned, needs_full};
 use super::info::Backup;
 use super::pgbackrest::read_info;
-use super::restore::read_record;
+use super::restore::{Record, read_record};
 use super::take::{Kind, expect_place, prepare_repository, read_clock, take};
 use crate::agent::operate::{Desk, Say};
 use crate::agent::patroni;
@@ -49,8 +49,15 @@ pub async fn keep_backups(desk: Desk) {
             .await
             .is_ok_and(|own| own.role == "primary" && own.state == "running");
         // A repository is the leader's to write; and none is written while one is read.
-        if !leads || !matches!(read_record(&desk).await, Ok(None)) {
-            desk.board.clear(THING);
+        let hindrance = match leads {
+            true => describe_hindrance(&read_record(&desk).await),
+            false => None,
+        };
+        if !leads || hindrance.is_some() {
+            match hindrance {
+                Some(hindrance) => desk.board.raise(THING, hindrance),
+                None => desk.board.clear(THING),
+            }
             desk.board.clear(ARCHIVE);
             (looks, is_prepared) = (0, false);
             continue;
@@ -65,6 +72,19 @@ pub async fn keep_backups(desk: Desk) {
         }
         looks += 1;
         tell_archive(&desk, is_prepared).await;
+    }
+}
+
+/// Why the leader takes no backups now.
+fn describe_hindrance(record: &Result<Option<Record>>) -> Option<String> {
+    match record {
+        Ok(None) => None,
+        Ok(Some(record)) => Some(format!(
+            "no backups are taken: a restore to {} is under way; end it with `stanchion restore`, \
+             or give it up with `stanchion restore --abort`",
+            record.target.describe()
+        )),
+        Err(error) => Some(format!("no backups are taken: {error:#}")),
     }
 }
 
@@ -132,6 +152,19 @@ mod tests {
             stored: 0,
             damaged: false,
         }
+    }
+
+    #[test]
+    fn a_restore_that_is_under_way_is_told() {
+        assert_eq!(describe_hindrance(&Ok(None)), None);
+        let record = serde_json::from_str(
+            r#"{"id": 1, "node": "n1", "target": "latest", "backup": "b", "in_place": false,
+                "stage": "leading"}"#,
+        );
+        let told = describe_hindrance(&Ok(Some(record.unwrap()))).unwrap();
+        assert!(told.contains("is under way") && told.contains("stanchion restore"), "{told}");
+        let broken = describe_hindrance(&Err(anyhow::anyhow!("etcd is away")));
+        assert!(broken.unwrap().ends_with("etcd is away"));
     }
 
     #[test]
