@@ -2,6 +2,7 @@
 //! sandbox, and with its own end. What must not run twice has a fixed name; a question has
 //! one of its own, since several may be asked at a time.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -70,7 +71,15 @@ pub async fn run_unit(unit: &str, program: &[&str], say: &Say) -> Result<()> {
 
 /// The standard output of a program.
 pub async fn ask_unit(program: &[&str]) -> Result<String> {
-    let command = describe_unit(&name_question(), program);
+    run_question(describe_unit(&name_question(), program)).await
+}
+
+/// The same of one that reads a file, which it need not be able to open.
+pub async fn feed_unit(program: &[&str], file: File) -> Result<String> {
+    run_question(describe_unit(&name_question(), program).input_from(file)).await
+}
+
+async fn run_question(command: Command) -> Result<String> {
     let output = tokio::task::spawn_blocking(move || command.run()).await.context("waiting")??;
     anyhow::ensure!(output.stdout.len() <= MAX_ANSWER, "a program says too much");
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())

@@ -286,12 +286,7 @@ async fn expect_stopped(desk: &Desk, record: &Record) -> Result<()> {
     Ok(())
 }
 
-async fn fetch(
-    desk: &Desk,
-    lock: &ClusterLock,
-    mut record: Record,
-    say: &Say,
-) -> Result<Value> {
+async fn fetch(desk: &Desk, lock: &ClusterLock, mut record: Record, say: &Say) -> Result<Value> {
     if record.stage >= Stage::Restored {
         return Ok(json!({}));
     }
@@ -466,12 +461,7 @@ async fn wait_for(
     bail!("{} {failure} within {} s", desk.entry.name, limit.as_secs())
 }
 
-async fn follow(
-    desk: &Desk,
-    lock: &ClusterLock,
-    mut record: Record,
-    say: &Say,
-) -> Result<()> {
+async fn follow(desk: &Desk, lock: &ClusterLock, mut record: Record, say: &Say) -> Result<()> {
     if record.stage < Stage::Leading {
         return Err(UserError::new("the restored data do not lead yet").into());
     }
@@ -621,7 +611,7 @@ mod tests {
             in_place: false,
             stage: Stage::Restored,
             system: String::new(),
-        abandoned: None,
+            abandoned: None,
             released: vec!["n1".into()],
         };
         assert!(judge_start(&record, "n1").unwrap().contains("under way"));

@@ -1,14 +1,14 @@
 //! A PostgreSQL that nobody but the agent can reach: it recovers what was restored, and is
 //! looked at.
 
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use super::drill::remove_folder;
 use super::pgbackrest::{ask_unit, name_question, run_unit};
-use crate::agent::files::find_account;
+use crate::agent::files::{Access, find_account, make_folder_for, write_file};
 use crate::agent::operate::{Desk, Say};
 use crate::agent::psql::{run_psql, run_psql_in};
 use crate::agent::systemd::{Active, forget_failure, query_unit, run_program, stop_unit};
@@ -38,13 +38,15 @@ pub struct Scratch {
     data: PathBuf,
 }
 
-/// Make a folder for `postgres` alone.
+/// Make a folder for `postgres` alone, where none is.
 pub fn make_folder(desk: &Desk, path: &Path) -> Result<()> {
-    let making = || format!("making {}", path.display());
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).with_context(making)?;
-    let passwd = std::fs::read_to_string(desk.places.join("/etc/passwd")).with_context(making)?;
-    let (user, group) = find_account(&passwd, "postgres").context("there is no postgres")?;
-    std::os::unix::fs::chown(path, Some(user), Some(group)).with_context(making)
+    let passwd = std::fs::read_to_string(desk.places.join("/etc/passwd"))
+        .with_context(|| format!("making {}", path.display()))?;
+    let owner = find_account(&passwd, "postgres").context("there is no postgres")?;
+    if let Some(above) = path.parent().filter(|above| !above.exists()) {
+        make_folder_for(above, owner)?;
+    }
+    make_folder_for(path, owner)
 }
 
 impl Scratch {
@@ -52,10 +54,14 @@ impl Scratch {
     pub async fn start(desk: &Desk, data: &Path, say: &Say) -> Result<Self> {
         end_unit(UNIT_SERVICE).await?;
         let socket = desk.places.join("/run/stanchion-scratch");
+        remove_folder(&socket).await?;
         make_folder(desk, &socket)?;
+        // Beside the socket's folder, which is postgres' own.
+        let rules = desk.places.run().join("scratch");
         let write = |name: &str, text: &str| {
-            let path = socket.join(name);
-            std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+            let path = rules.join(name);
+            let access = Access { mode: 0o644, owner: None };
+            write_file(&path, text.as_bytes(), access, false)?;
             Ok::<_, anyhow::Error>(path.display().to_string())
         };
         // Its own rules: those of the backup may be another machine's.

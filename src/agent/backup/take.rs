@@ -11,9 +11,9 @@ use serde_json::{Value, json};
 use super::branches::{list_abandoned, needs_full};
 use super::clock::format_utc;
 use super::info::Backup;
-use super::pgbackrest::{ask_unit, name_question, read_info, run_unit};
+use super::pgbackrest::{ask_unit, feed_unit, name_question, read_info, run_unit};
 use super::schedule::choose_due;
-use crate::agent::files::{find_account, remove_file};
+use crate::agent::files::{find_account, make_private_file, remove_file};
 use crate::agent::operate::{ClusterLock, Desk, Say};
 use crate::agent::patroni;
 use crate::error::UserError;
@@ -165,17 +165,15 @@ async fn write_backup(desk: &Desk, kind: Kind, say: &Say) -> Result<Taken> {
 
 /// Put a snapshot of this node's etcd into the repository, and drop old ones.
 async fn save_etcd(desk: &Desk) -> Result<u64> {
-    let path = desk.places.join("/var/lib/pgbackrest/etcd.snapshot");
+    // Where only root makes files: whoever is postgres could put a link elsewhere.
+    let path = desk.places.state().join("backup/etcd.snapshot");
     let save = async {
-        let mut file = File::create(&path).context("making a file for a snapshot")?;
+        let mut file = make_private_file(&path)?;
         let size = desk.etcd.write_snapshot(&mut file).await?;
         file.sync_all().context("writing a snapshot")?;
-        let passwd = std::fs::read_to_string(desk.places.join("/etc/passwd"))?;
-        let (user, group) = find_account(&passwd, "postgres").context("there is no postgres")?;
-        std::os::unix::fs::chown(&path, Some(user), Some(group))?;
         let name = format!("etcd/{}.snapshot", name_time(read_clock()?));
-        // It reads standard input, which a unit's option names.
-        put_file(&path, &name).await?;
+        let program = ["pgbackrest", "--log-level-console=off", "repo-put", &name];
+        feed_unit(&program, File::open(&path).context("reading a snapshot")?).await?;
         Ok::<_, anyhow::Error>(size)
     };
     let saved = save.await;
@@ -187,12 +185,6 @@ async fn save_etcd(desk: &Desk) -> Result<u64> {
         ask_unit(&program).await?;
     }
     Ok(size)
-}
-
-async fn put_file(from: &Path, name: &str) -> Result<()> {
-    let input =
-        format!("exec pgbackrest --log-level-console=off repo-put \"$1\" < {}", from.display());
-    ask_unit(&["sh", "-c", &input, "sh", name]).await.map(drop)
 }
 
 async fn list_snapshots() -> Result<Vec<String>> {

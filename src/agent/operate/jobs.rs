@@ -139,9 +139,8 @@ impl Jobs {
     /// Forget bundles that were told at least so long ago.
     fn forget_told(&self, age: Duration) {
         // The jobs are locked before the content of one, here and everywhere.
-        lock(&self.jobs).retain(|job| {
-            !lock(&job.content).told.is_some_and(|told| told.elapsed() >= age)
-        });
+        lock(&self.jobs)
+            .retain(|job| !lock(&job.content).told.is_some_and(|told| told.elapsed() >= age));
     }
 
     /// What a job has said after its first `after` lines; waits for `patience` until there is

@@ -6,8 +6,8 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::write_probe::WriteProbe;
 use super::judge_switchover::Switch;
+use super::write_probe::WriteProbe;
 use super::{ClusterLock, Desk, Say, judge_switchover};
 use crate::agent::patroni::{self, View};
 use crate::config::cluster::Role;
