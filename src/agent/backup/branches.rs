@@ -4,6 +4,8 @@
 //! The repository keeps one small file for each, which tells all by its name: it outlives the
 //! cluster.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 
 use super::clock::format_utc;
@@ -105,6 +107,20 @@ pub async fn keep_abandoned(record: &Record) -> Result<()> {
     kept.map(drop).context("writing down what the restore gives up")
 }
 
+/// Marks what PostgreSQL's archiver has not had, so that the leader hands it over.
+const MARK: &str = "cd \"$1\" || exit 1; for name in *.history; do \
+    test ! -e \"$name\" || test -e archive_status/\"$name\".done || \
+    : >archive_status/\"$name\".ready || exit 1; done";
+
+/// Let the leader archive how the timeline of its recovery began, which archived nothing.
+/// PostgreSQL looks for timelines one after the other, and the leader's own is the next.
+pub async fn archive_timelines(data: &Path) -> Result<()> {
+    let folder = data.join("pg_wal").display().to_string();
+    // As postgres, whose folder it is.
+    let marked = ask_unit(&["sh", "-c", MARK, "sh", &folder]).await;
+    marked.map(drop).context("marking the timeline's history for the archive")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -161,5 +177,28 @@ mod tests {
         assert!(needs_full(&full(10), &abandoned));
         assert!(needs_full(&full(200), &abandoned));
         assert!(!needs_full(&full(300), &abandoned));
+    }
+
+    #[test]
+    fn a_history_that_was_not_archived_is_marked() {
+        let folder = tempfile::tempdir().unwrap();
+        let status = folder.path().join("archive_status");
+        std::fs::create_dir(&status).unwrap();
+        let mark = || {
+            let folder = folder.path().display().to_string();
+            let arguments = ["-c", MARK, "sh", folder.as_str()];
+            crate::command::Command::new("sh").args(arguments).run().unwrap();
+            let entries = std::fs::read_dir(&status).unwrap();
+            let name = |entry: std::io::Result<std::fs::DirEntry>| entry.unwrap().file_name();
+            let mut names: Vec<_> = entries.map(name).collect();
+            names.sort();
+            names
+        };
+        assert!(mark().is_empty());
+        for name in ["00000002.history", "00000003.history", "archive_status/00000002.history.done"]
+        {
+            std::fs::write(folder.path().join(name), "x").unwrap();
+        }
+        assert_eq!(mark(), ["00000002.history.done", "00000003.history.ready"]);
     }
 }

@@ -19,10 +19,12 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::branches::{Abandoned, judge_time, keep_abandoned, list_abandoned, list_live};
+use super::branches::{
+    Abandoned, archive_timelines, judge_time, keep_abandoned, list_abandoned, list_live,
+};
 use super::drill::{expect_room, remove_folder};
 use super::info::Backup;
-use super::pgbackrest::{ask_unit, read_info, run_unit};
+use super::pgbackrest::{read_info, run_unit};
 use super::plan::{Target, choose_backup};
 use super::scratch::{FILES, Found, Scratch, end_leftovers, make_folder};
 use super::take::{expect_place, read_clock};
@@ -407,7 +409,7 @@ async fn lead(desk: &Desk, lock: &ClusterLock, mut record: Record, say: &Say) ->
         say.say("what Patroni knew of the old leader is deleted");
     }
     keep_abandoned(&record).await?;
-    archive_timeline(desk).await?;
+    archive_timelines(&desk.places.join(DATA)).await?;
     start_database().await?;
     wait_for(desk, LEADS, "did not become the leader", |member, _| {
         member.role == "leader" && member.state == "running"
@@ -415,20 +417,6 @@ async fn lead(desk: &Desk, lock: &ClusterLock, mut record: Record, say: &Say) ->
     .await?;
     say.say(format!("{} leads", desk.entry.name));
     Ok(())
-}
-
-/// Marks what PostgreSQL's archiver has not had, so that the leader hands it over.
-const MARK: &str = "cd \"$1\" || exit 1; for name in *.history; do \
-    test ! -e \"$name\" || test -e archive_status/\"$name\".done || \
-    : >archive_status/\"$name\".ready || exit 1; done";
-
-/// Let the leader archive how the timeline of the recovery began, which archived nothing.
-/// PostgreSQL looks for timelines one after the other, and the leader's own is the next.
-async fn archive_timeline(desk: &Desk) -> Result<()> {
-    let folder = desk.places.join(DATA).join("pg_wal").display().to_string();
-    // As postgres, whose folder it is.
-    let marked = ask_unit(&["sh", "-c", MARK, "sh", &folder]).await;
-    marked.map(drop).context("marking the timeline's history for the archive")
 }
 
 async fn start_database() -> Result<()> {
@@ -576,29 +564,6 @@ mod tests {
         assert_eq!(choose_way_back(Stage::Fetching, true), WayBack::Kept);
         assert_eq!(choose_way_back(Stage::Restored, true), WayBack::Kept);
         assert_eq!(choose_way_back(Stage::Fetching, false), WayBack::Nothing);
-    }
-
-    #[test]
-    fn a_history_that_was_not_archived_is_marked() {
-        let folder = tempfile::tempdir().unwrap();
-        let status = folder.path().join("archive_status");
-        std::fs::create_dir(&status).unwrap();
-        let mark = || {
-            let folder = folder.path().display().to_string();
-            let arguments = ["-c", MARK, "sh", folder.as_str()];
-            crate::command::Command::new("sh").args(arguments).run().unwrap();
-            let entries = std::fs::read_dir(&status).unwrap();
-            let name = |entry: std::io::Result<std::fs::DirEntry>| entry.unwrap().file_name();
-            let mut names: Vec<_> = entries.map(name).collect();
-            names.sort();
-            names
-        };
-        assert!(mark().is_empty());
-        for name in ["00000002.history", "00000003.history", "archive_status/00000002.history.done"]
-        {
-            std::fs::write(folder.path().join(name), "x").unwrap();
-        }
-        assert_eq!(mark(), ["00000002.history.done", "00000003.history.ready"]);
     }
 
     #[test]
