@@ -3,6 +3,10 @@
 //! Data flows one way, in the order of this list; a module uses only what stands
 //! above it, or beside it in its own folder.
 
+// Tests in here and in tests/ share support that names the library.
+#[cfg(test)]
+extern crate self as stanchion;
+
 pub mod command;
 pub mod digest;
 pub mod error;

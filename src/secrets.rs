@@ -20,14 +20,14 @@ pub const SECRETS: [(&str, &[Role]); 18] = [
     ("postgres_netbox", &[Role::Db, Role::Web]),
     ("patroni_rest", &[Role::Db]),
     ("redis", &[Role::Cache, Role::Web, Role::Edge]),
-    ("sentinel", &[Role::Cache, Role::Edge]),
+    ("sentinel", &[Role::Cache]),
     ("keepalived", &[Role::Edge]),
     ("haproxy_stats", &[Role::Edge]),
     ("fingerprint", &Role::ALL),
     (SITE_KEY, &[Role::Edge]),
     (SITE_SEAL, &[Role::Edge]),
     // Whatever is lost with the cluster, this must not be: it opens the backups.
-    ("backup_cipher", &[Role::Db]),
+    (BACKUP_CIPHER, &[Role::Db]),
     ("netbox_secret_key", &[Role::Web]),
     ("netbox_pepper", &[Role::Web]),
     ("netbox_admin", &[Role::Web]),
@@ -37,6 +37,7 @@ pub const SECRETS: [(&str, &[Role]); 18] = [
 
 pub const SITE_KEY: &str = "site_key";
 pub const SITE_SEAL: &str = "site_seal";
+const BACKUP_CIPHER: &str = "backup_cipher";
 pub const S3_ACCESS_KEY: &str = "s3_access_key";
 pub const S3_SECRET_KEY: &str = "s3_secret_key";
 pub const POSTGRES: &str = "postgres_netbox";
@@ -143,14 +144,23 @@ pub fn make_secret(name: &str) -> Result<Secret> {
 
 /// The names of the secrets that a node of this cluster with these roles gets.
 pub fn list_needed(cluster: &Cluster, roles: &[Role]) -> impl Iterator<Item = &'static str> {
-    let is_read = |readers: &[Role]| readers.iter().any(|role| roles.contains(role));
-    let names = SECRETS.iter().filter(move |(_, readers)| is_read(readers)).map(|(name, _)| *name);
-    names.filter(|name| is_needed(cluster, name))
+    let is_read = move |name: &str, role: &Role| match (name, role) {
+        (S3_ACCESS_KEY | S3_SECRET_KEY, Role::Db) | (BACKUP_CIPHER, _) => {
+            cluster.backup.as_ref().is_some_and(|backup| backup.directory.is_none())
+        }
+        _ => true,
+    };
+    let is_for = move |name: &str, readers: &[Role]| {
+        readers.iter().any(|role| roles.contains(role) && is_read(name, role))
+    };
+    let names = SECRETS.iter().filter(move |(name, readers)| is_for(name, readers));
+    names.map(|(name, _)| *name).filter(|name| is_needed(cluster, name))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::cluster::Backup;
 
     #[test]
     fn a_secret_shows_itself_to_nobody() {
@@ -201,11 +211,19 @@ mod tests {
         );
         assert_eq!(
             list(&[Role::Edge]),
-            "redis sentinel keepalived haproxy_stats fingerprint site_key site_seal"
+            "redis keepalived haproxy_stats fingerprint site_key site_seal"
         );
         assert!(list(&[Role::Db]).starts_with("postgres_superuser postgres_replication"));
         assert!(!list(&[Role::Db]).contains("redis"));
-        let with = list_needed(&cluster(true), &[Role::Web]).collect::<Vec<_>>().join(" ");
-        assert!(with.ends_with(" netbox_admin s3_access_key s3_secret_key"), "{with}");
+        let mut with = cluster(true);
+        let list =
+            |cluster: &Cluster, role| list_needed(cluster, &[role]).collect::<Vec<_>>().join(" ");
+        assert!(list(&with, Role::Web).ends_with(" netbox_admin s3_access_key s3_secret_key"));
+        // A db node has them for backups alone.
+        assert!(
+            !list(&with, Role::Db).contains("s3_") && !list(&with, Role::Db).contains("cipher")
+        );
+        with.backup = Some(Backup { directory: None, keep: 4 });
+        assert!(list(&with, Role::Db).ends_with(" backup_cipher s3_access_key s3_secret_key"));
     }
 }

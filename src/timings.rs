@@ -11,16 +11,16 @@ const SLACK: f64 = 0.05;
 /// that ended last back to the one that ended last before that began, and so on.
 pub fn find_critical_path(steps: &[StepTime]) -> Vec<&StepTime> {
     let end = |step: &StepTime| step.began + step.seconds;
+    // Each begins before the next: steps of no length would otherwise wait for themselves.
     let latest = |before: f64| {
-        let candidates = steps.iter().filter(|step| end(step) <= before + SLACK);
-        candidates.max_by(|a, b| end(a).total_cmp(&end(b)))
+        let is_before = |step: &&StepTime| end(step) <= before + SLACK && step.began < before;
+        steps.iter().filter(is_before).max_by(|a, b| end(a).total_cmp(&end(b)))
     };
     let mut path: Vec<&StepTime> = Vec::new();
     let mut at = latest(f64::INFINITY);
     while let Some(step) = at {
         path.push(step);
-        // Each begins before the last: steps of no length would otherwise wait for themselves.
-        at = latest(step.began).filter(|next| next.began < step.began);
+        at = latest(step.began);
     }
     path.reverse();
     path

@@ -1,6 +1,9 @@
 //! Agents that join real etcd members: three nodes with a root folder each, in one network
 //! namespace, with a stand-in for systemd that runs etcd and nothing else.
 
+#[path = "support/etcd.rs"]
+mod etcd;
+
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::net::Ipv4Addr;
@@ -10,24 +13,11 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use etcd::provide_etcd;
 use serde_json::Value;
 use stanchion::cluster_dir::{ClusterDir, make_directory};
 use stanchion::config::cluster::{Cluster, Ipv4Network, Node, Role, Tuning};
 use stanchion::seed::issue_seed;
-
-/// An etcd on the PATH, or in a layer that the store holds.
-fn find_etcd() -> Option<PathBuf> {
-    let on_path = std::env::split_paths(&std::env::var_os("PATH")?)
-        .map(|folder| folder.join("etcd"))
-        .find(|path| path.is_file());
-    let cache = std::env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?;
-    let layers = fs::read_dir(cache.join("stanchion/steps/layer")).into_iter().flatten().flatten();
-    on_path.or_else(|| {
-        layers.map(|layer| layer.path().join("tree/usr/bin/etcd")).find(|path| path.is_file())
-    })
-}
 
 struct World {
     folder: tempfile::TempDir,
@@ -41,11 +31,8 @@ struct World {
 impl World {
     /// Three db nodes with their seeds, nothing started. `None`: it cannot be tried here.
     fn make() -> Option<World> {
-        let Some(etcd) = find_etcd() else {
-            eprintln!("skipped: there is no etcd on the PATH nor in the store");
-            return None;
-        };
         let folder = tempfile::tempdir().unwrap();
+        let etcd = provide_etcd(&folder.path().join("etcd"))?;
         let holders = make_networks(folder.path());
         let node = |n: u8| Node {
             name: format!("n{n}"),

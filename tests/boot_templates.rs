@@ -103,7 +103,11 @@ fn only_nodes_reach_what_is_for_nodes() {
     for kind in list_kinds().iter().filter(|kind| !kind.roles.contains(&"edge")) {
         let rendered = render(kind);
         let rules = find(&rendered, "/etc/nftables.conf");
-        assert!(!rules.contains("vrrp") && !rules.contains("443,"), "{}: {rules}", kind.label);
+        assert!(
+            !rules.contains("protocol 112") && !rules.contains("443,"),
+            "{}: {rules}",
+            kind.label
+        );
     }
 }
 

@@ -127,10 +127,11 @@ impl<'h> Watched<'h> {
         most: usize,
         back: Option<Option<f64>>,
     ) -> f64 {
+        let end = Instant::now();
         let record: Record = self.ledger.stop();
         let servers = record.list_servers();
         assert!(servers.len() <= most, "{scenario}: these acknowledged in turn: {servers:?}");
-        let pause = find_longest_pause(&record.acknowledged, self.event);
+        let pause = find_longest_pause(&record.acknowledged, self.event, end);
         let writes = back.unwrap_or(Some(pause));
         let lost = self.ha.find_lost(&record).len();
         report.push(Line { scenario, writes, vip: None, redis: None, lost });

@@ -75,10 +75,10 @@ fn switch_over(ha: &Ha) {
     let event = Instant::now();
     let done = ha.operate(&["switchover", "--yes"]).expect("switchover");
     std::thread::sleep(Duration::from_secs(1));
-    let record = ledger.stop();
+    let (end, record) = (Instant::now(), ledger.stop());
     assert_eq!((&done["from"], &done["to"]), (&leader.as_str().into(), &standby.as_str().into()));
     let told = done["writes_stood_still"].as_f64().expect("it was measured");
-    let seen = find_longest_pause(&record.acknowledged, event);
+    let seen = find_longest_pause(&record.acknowledged, event, end);
     eprintln!("writes stood still for {told:.1} s as told, {seen:.1} s as a client saw it");
     assert!(told > 0.0 && told < seen + 3.0, "told {told}, seen {seen}");
     assert_eq!(ha.find_lost(&record), [0_i64; 0]);

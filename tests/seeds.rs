@@ -152,10 +152,7 @@ fn wrong_seeds_are_refused_and_a_stranger_gets_nothing() {
 
     // A fresh machine: it trusts the first seed that is right in itself.
     expect_refusal(&ha, "n3", "there is no seed: attach a volume labelled STANCHION");
-    let mut tampered = right.clone();
-    let place = tampered.len() / 2;
-    tampered[place] ^= 1;
-    attach(&ha, "n3", &tampered);
+    attach(&ha, "n3", &spoil(&right));
     expect_refusal(&ha, "n3", "the seed is damaged or was changed");
     attach(&ha, "n3", &forge.issue("n3", now() - 5 * YEAR / 2));
     expect_refusal(
@@ -180,29 +177,41 @@ fn refuse_after_a_start(ha: &Ha, forge: &Forge, right: &[u8]) {
     make_directory(&foreign, &ha.cluster, &Default::default(), now()).unwrap();
     let foreign = Forge::open(&foreign, &ha.cluster);
     ha.run("n3", &["sh", "-c", "echo mine > /var/mark"]);
+    ha.lab.kill("n3").unwrap();
+    ha.lab.set_seed("n3", None).unwrap();
+    ha.lab.start("n3").unwrap();
+    expect_refusal(ha, "n3", "there is no seed: attach a volume labelled STANCHION");
+    let before = read_data(ha, "n3");
+    assert!(before.contains("mine") && before.contains("\"n3\""), "{before}");
     let wrong = [
         (foreign.issue("n3", now()), "the seed is that of another cluster"),
+        (spoil(right), "the seed is damaged or was changed"),
         (
             forge.issue("n2", now()),
             "the seed is for another node: this node is `n3`, the seed is for `n2`",
         ),
+        (forge.issue("n3", now() - 5 * YEAR / 2), "the node's certificate has expired"),
     ];
     for (seed, words) in wrong {
-        ha.lab.kill("n3").unwrap();
-        ha.lab.set_seed("n3", Some(&seed)).unwrap();
-        ha.lab.start("n3").unwrap();
+        attach(ha, "n3", &seed);
         expect_refusal(ha, "n3", words);
-        let before = read_data(ha, "n3");
-        assert!(before.contains("mine") && before.contains("\"n3\""), "{before}");
-        // Two more looks.
-        std::thread::sleep(Duration::from_secs(11));
-        assert_eq!(read_data(ha, "n3"), before);
-        let active = ha.lab.exec("n3", &["systemctl", "is-active", "patroni", "etcd"], SOON);
-        assert!(!active.unwrap().text().lines().any(|line| line == "active"));
-        attach(ha, "n3", right);
-        expect_join(ha, "n3");
-        assert!(read_data(ha, "n3").starts_with("mine"));
+        assert_eq!(read_data(ha, "n3"), before, "{words}");
     }
+    // Two more looks.
+    std::thread::sleep(Duration::from_secs(11));
+    assert_eq!(read_data(ha, "n3"), before);
+    let active = ha.lab.exec("n3", &["systemctl", "is-active", "patroni", "etcd"], SOON);
+    assert!(!active.unwrap().text().lines().any(|line| line == "active"));
+    attach(ha, "n3", right);
+    expect_join(ha, "n3");
+    assert!(read_data(ha, "n3").starts_with("mine"));
+}
+
+/// With one bit changed.
+fn spoil(seed: &[u8]) -> Vec<u8> {
+    let mut spoilt = seed.to_vec();
+    spoilt[seed.len() / 2] ^= 1;
+    spoilt
 }
 
 /// The operator's verb and the node's own show the same three nodes.

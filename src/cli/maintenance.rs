@@ -29,7 +29,7 @@ enum Verb {
     /// From now on edges answer that users are to wait, and workers take no jobs
     #[command(after_help = "Example: stanchion maintenance on --reason 'moving racks' --for 2h")]
     On {
-        /// What users may read
+        /// Why, for whoever looks at the status
         #[arg(long, value_name = "TEXT", default_value = "")]
         reason: String,
         /// When it ends by itself: 90s, 30m, 2h, 1d (default: never)

@@ -54,7 +54,7 @@ const SECRETS: [(&str, &[&str]); 15] = [
     ("postgres_netbox", &["db", "web"]),
     ("patroni_rest", &["db"]),
     ("redis", &["cache", "web", "edge"]),
-    ("sentinel", &["cache", "edge"]),
+    ("sentinel", &["cache"]),
     ("keepalived", &["edge"]),
     ("haproxy_stats", &["edge"]),
     ("netbox_secret_key", &["web"]),

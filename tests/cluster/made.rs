@@ -132,11 +132,11 @@ fn each_role_gets_its_own_secrets_and_no_others() {
     for (name, expected) in [
         (
             "n1",
-            "backup_cipher fingerprint patroni_rest postgres_netbox postgres_replication postgres_rewind postgres_superuser",
+            "fingerprint patroni_rest postgres_netbox postgres_replication postgres_rewind postgres_superuser",
         ),
         ("n4", "fingerprint redis sentinel"),
         ("n5", "fingerprint netbox_admin netbox_pepper netbox_secret_key postgres_netbox redis"),
-        ("n6", "fingerprint haproxy_stats keepalived redis sentinel site_key site_seal"),
+        ("n6", "fingerprint haproxy_stats keepalived redis site_key site_seal"),
     ] {
         let image = project.root().join(format!("lab/seeds/{name}.seed.img"));
         let bytes = read_volume(&image);

@@ -52,11 +52,12 @@ pub fn find_return(timeline: &Timeline, event: Instant) -> Option<f64> {
     timeline.find_return(event, Instant::now()).map(|back| back.as_secs_f64())
 }
 
-/// Seconds between two acknowledgements, at most, from the last one before the event.
-pub fn find_longest_pause(writes: &[Write], event: Instant) -> f64 {
+/// Seconds between two acknowledgements, at most, from the last one before the event to `end`,
+/// when nobody waited any longer.
+pub fn find_longest_pause(writes: &[Write], event: Instant, end: Instant) -> f64 {
     let around = event - Duration::from_secs(1);
-    let times: Vec<Instant> =
-        writes.iter().map(|write| write.at).filter(|at| *at > around).collect();
+    let times = writes.iter().map(|write| write.at).filter(|at| *at > around);
+    let times: Vec<Instant> = times.chain([end]).collect();
     let pauses = times.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64());
     pauses.fold(0.0, f64::max)
 }

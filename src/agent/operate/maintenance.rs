@@ -14,7 +14,7 @@ use crate::agent::registry::Maintenance;
 use crate::error::UserError;
 
 const PAUSE: Duration = Duration::from_secs(3);
-/// Bytes of a reason, which users may see.
+/// Bytes of a reason.
 const REASON: usize = 300;
 
 #[derive(Debug, Deserialize)]

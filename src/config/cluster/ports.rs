@@ -55,7 +55,7 @@ const WAYS: [(u16, Protocol, Side, &[Side], &str); 20] = [
     (5432, Tcp, DB, &[DB, WEB, EDGE], "PostgreSQL"),
     (8008, Tcp, DB, &[DB, WEB, EDGE], "Patroni"),
     (6380, Tcp, CACHE, &[CACHE, WEB, EDGE], "Redis"),
-    (26379, Tcp, CACHE, &[CACHE, EDGE], "Sentinel"),
+    (26379, Tcp, CACHE, &[CACHE], "Sentinel"),
     (8443, Tcp, WEB, &[EDGE], "NetBox, behind the edges"),
     (80, Tcp, EDGE, &[Clients], "HTTP, sent on to 443"),
     (443, Tcp, EDGE, &[Clients], "HTTPS"),
