@@ -86,6 +86,12 @@ impl Command {
         self
     }
 
+    /// An open file for its standard input.
+    pub fn input_from(mut self, file: std::fs::File) -> Self {
+        self.inner.stdin(file);
+        self
+    }
+
     /// Let it use our standard input, output and error.
     pub fn inherit(mut self) -> Self {
         self.inner.stdin(Stdio::inherit()).stdout(Stdio::inherit()).stderr(Stdio::inherit());

@@ -38,6 +38,7 @@ fn what_was_there_at_a_time_comes_back_after_all_disks_are_lost() {
     let drilled = ha.operate(&["backup", "verify"]).expect("backup_verify");
     assert!(drilled["found"]["last_commit"].as_str().unwrap() > format_utc(time).as_str());
 
+    let last_full = find_last_full(&ha);
     for node in ha.nodes() {
         ha.lab.kill(node).unwrap();
         ha.lab.destroy(node).unwrap();
@@ -65,9 +66,16 @@ fn what_was_there_at_a_time_comes_back_after_all_disks_are_lost() {
     let late: Vec<i64> = late.acknowledged.iter().map(|write| write.id).collect();
     assert!(late.iter().all(|id| !there.contains(id)), "rows from after that time are there");
 
+    let given_up = format_utc(time + 3);
+    ha.operate(&["restore", "--to", &given_up]).expect_refusal("given up by an earlier restore");
+
     // Life goes on: writes, backups on a timeline of their own, and a restore of all.
     let more = write_for(&ha, Duration::from_secs(2));
-    ha.operate(&["backup", "--full"]).expect("backup");
+    let is_full = || (find_last_full(&ha) > last_full).then_some(());
+    ha.wait_for("the full backup after the restore", WHOLE, is_full);
+    // Until then the snapshot of etcd beside it may keep the cluster busy.
+    let is_taken = || (ha.operate(&["backup"]).code == Some(0)).then_some(());
+    ha.wait_for("a backup on the new timeline", WHOLE, is_taken);
     let last = write_for(&ha, Duration::from_secs(2));
     archive_all(&ha);
     ha.operate(&["restore", "--latest", "--yes"]).expect("restore");
@@ -80,6 +88,13 @@ fn what_was_there_at_a_time_comes_back_after_all_disks_are_lost() {
 fn count_backups(ha: &Ha) -> usize {
     let list = ha.operate(&["backup", "list"]).expect("backup_list");
     list["backups"].as_array().unwrap().len()
+}
+
+/// Its label, which begins with its time.
+fn find_last_full(ha: &Ha) -> Option<String> {
+    let list = ha.operate(&["backup", "list"]).expect("backup_list");
+    let fulls = list["backups"].as_array()?.iter().filter(|backup| backup["kind"] == "full");
+    fulls.filter_map(|backup| backup["label"].as_str().map(str::to_string)).max()
 }
 
 fn write_for(ha: &Ha, time: Duration) -> Record {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use reqwest::StatusCode;
+use reqwest::header::CONTENT_TYPE;
 use serde_json::Value;
 use tokio::task::JoinSet;
 
@@ -124,7 +125,12 @@ async fn start_job(
     wish: &Value,
 ) -> Result<String> {
     let url = format!("https://{address}/operate/{verb}");
-    let request = http.post(url).body(wish.to_string()).timeout(Duration::from_secs(10));
+    let request = http
+        .post(url)
+        // The agent refuses what a browser's form could send.
+        .header(CONTENT_TYPE, "application/json")
+        .body(wish.to_string())
+        .timeout(Duration::from_secs(10));
     let response = request.send().await.map_err(|error| {
         UserError::new(format!("{} does not answer", node.name))
             .why(format!("{address}: {}", describe_transport(&error)))

@@ -65,6 +65,29 @@ pub fn read_bounded(path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
     read().with_context(|| format!("reading {}", path.display()))
 }
 
+/// Make a file that is not there yet, for root alone; what is left there by a crash goes first.
+pub fn make_private_file(path: &Path) -> Result<File> {
+    let make = || -> Result<File> {
+        make_private_folder(path.parent().context("it has no folder")?)?;
+        remove_file(path)?;
+        Ok(OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?)
+    };
+    make().with_context(|| format!("making {}", path.display()))
+}
+
+/// Make a folder for an account in one that it may change itself: through no link, and none
+/// that was there.
+pub fn make_folder_for(path: &Path, owner: (u32, u32)) -> Result<()> {
+    let make = || -> Result<()> {
+        fs::DirBuilder::new().mode(0o700).create(path)?;
+        let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::DIRECTORY;
+        let folder = OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path)?;
+        fchown(&folder, Some(owner.0), Some(owner.1))?;
+        Ok(())
+    };
+    make().with_context(|| format!("making {}", path.display()))
+}
+
 /// Make a folder for root alone, and those above it.
 pub fn make_private_folder(path: &Path) -> Result<()> {
     fs::DirBuilder::new()
@@ -114,6 +137,26 @@ mod tests {
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
         assert!(read_bounded(&path, 2).is_err());
         assert_eq!(read_bounded(&folder.path().join("none"), 2).unwrap(), None);
+    }
+
+    #[test]
+    fn what_is_made_for_an_account_follows_no_link() {
+        let folder = tempfile::tempdir().unwrap();
+        let (target, link) = (folder.path().join("target"), folder.path().join("link"));
+        fs::create_dir(&target).unwrap();
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        let own = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
+        assert!(make_folder_for(&link, own).is_err());
+        assert!(make_folder_for(&target, own).is_err());
+        make_folder_for(&folder.path().join("new"), own).unwrap();
+        let file = folder.path().join("private/file");
+        make_private_file(&file).unwrap().write_all(b"old").unwrap();
+        make_private_file(&file).unwrap();
+        assert_eq!(fs::read(&file).unwrap(), b"");
+        fs::remove_file(&file).unwrap();
+        std::os::unix::fs::symlink(folder.path().join("elsewhere"), &file).unwrap();
+        make_private_file(&file).unwrap();
+        assert!(!folder.path().join("elsewhere").exists());
     }
 
     #[test]

@@ -11,7 +11,7 @@ use axum::Router;
 use axum::body::Bytes;
 use axum::extract::connect_info::Connected;
 use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, State};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{get, post};
 use axum::serve::IncomingStream;
@@ -281,14 +281,32 @@ fn expect_operator(peer: &Peer, what: &str) -> Option<Response> {
     Some((StatusCode::FORBIDDEN, body).into_response())
 }
 
+/// A browser that has the operator's certificate would send it with what any web page makes
+/// it send: verbs are for programs.
+fn refuse_browser(headers: &HeaderMap) -> Option<Response> {
+    let is_browser = headers.contains_key(header::ORIGIN) || headers.contains_key("sec-fetch-site");
+    let kind = headers.get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
+    let (code, why) = match (is_browser, kind) {
+        (true, _) => (StatusCode::FORBIDDEN, "verbs are not for browsers"),
+        (false, Some(b"application/json")) => return None,
+        (false, _) => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "what comes with a verb is JSON"),
+    };
+    Some((code, Json(json!({"error": why}))).into_response())
+}
+
 async fn start_verb(
     State(answers): State<Answers>,
     ConnectInfo(peer): ConnectInfo<Peer>,
     Path(verb): Path<String>,
+    headers: HeaderMap,
     body: Bytes,
 ) -> Response {
     let shown: String = verb.escape_debug().take(63).collect();
     if let Some(refusal) = expect_operator(&peer, &shown) {
+        return refusal;
+    }
+    if let Some(refusal) = refuse_browser(&headers) {
+        log(&format!("operator: refused {shown}, as a browser asks, to {}", peer.address.ip()));
         return refusal;
     }
     if !is_verb(&verb) {
@@ -496,4 +514,27 @@ pub fn ask_socket(places: &Places, verb: &str, patience: Duration) -> Result<Val
         anyhow::bail!("the agent answers: {error}");
     }
     Ok(answer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn verbs_of_a_browser_are_refused() {
+        let ask = |pairs: &[(&'static str, &'static str)]| {
+            let pairs = pairs.iter().map(|(name, value)| {
+                (header::HeaderName::from_static(name), HeaderValue::from_static(value))
+            });
+            refuse_browser(&pairs.collect()).map(|response| response.status())
+        };
+        let json = ("content-type", "application/json");
+        assert_eq!(ask(&[json]), None);
+        let forbidden = Some(StatusCode::FORBIDDEN);
+        assert_eq!(ask(&[json, ("origin", "https://a.test")]), forbidden);
+        assert_eq!(ask(&[json, ("sec-fetch-site", "same-origin")]), forbidden);
+        let unread = Some(StatusCode::UNSUPPORTED_MEDIA_TYPE);
+        assert_eq!(ask(&[]), unread);
+        assert_eq!(ask(&[("content-type", "text/plain")]), unread);
+    }
 }

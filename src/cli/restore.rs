@@ -55,9 +55,9 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
         None => args.latest.then_some(Target::Latest),
     };
     let asked = args.place.open(context)?;
-    let (nodes, leader) = find_databases(&asked)?;
+    let (nodes, leader) = find_databases(&asked, target.is_none())?;
     let wanted = args.on.as_deref().map(|name| find_node(&asked.cluster, name)).transpose()?;
-    let first = nodes.first().copied().context("the cluster has no db nodes")?;
+    let first = nodes.first().copied().context("no db node answers")?;
     let mut on = wanted.or(leader).unwrap_or(first);
     let mut planned = plan(context, &asked, on, target.as_ref())?;
     if let Some(record) = &planned.record {
@@ -96,22 +96,24 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
     Ok(())
 }
 
-/// All db nodes, and PostgreSQL's leader among them.
+/// The db nodes that answer, and PostgreSQL's leader among them.
 ///
 /// # Errors
-/// A [`UserError`] when one is silent: it could come back with what must be gone.
-fn find_databases(asked: &Asked) -> Result<(Vec<&Node>, Option<&Node>)> {
+/// A [`UserError`] when one is silent, which could come back with what must be gone; one that
+/// comes back after a restore was given up finds all as it was.
+fn find_databases(asked: &Asked, gives_up: bool) -> Result<(Vec<&Node>, Option<&Node>)> {
     let answers = asked.ask_all()?;
-    let nodes: Vec<&Node> = asked.cluster.list_nodes(Role::Db).collect();
-    let silent: Vec<&str> = nodes
-        .iter()
-        .filter(|node| !matches!(answers.get(&node.name), Some(Answer::Page(_))))
-        .map(|node| node.name.as_str())
-        .collect();
-    if !silent.is_empty() {
+    let is_there = |node: &&Node| matches!(answers.get(&node.name), Some(Answer::Page(_)));
+    let (nodes, silent): (Vec<&Node>, Vec<&Node>) =
+        asked.cluster.list_nodes(Role::Db).partition(is_there);
+    if !gives_up && !silent.is_empty() {
+        let silent: Vec<&str> = silent.iter().map(|node| node.name.as_str()).collect();
         return Err(UserError::new("nothing was done: not all db nodes answer")
             .why(format!("{} could come back with data that must be gone", silent.join(", ")))
-            .help("start or replace them first (`stanchion node replace`)")
+            .help(
+                "start them; for one that is lost boot a fresh machine with a seed of `stanchion \
+                 seed NODE`, which joins while a restore is under way, too",
+            )
             .into());
     }
     let registered = list_registered(&answers);

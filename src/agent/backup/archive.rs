@@ -2,10 +2,15 @@
 
 use anyhow::{Context, Result};
 
+use super::clock::format_utc;
+use super::info::Backup;
 use crate::agent::psql::{SOCKET, run_psql};
 
 /// Files that may wait: archiving goes by batches.
 const WAITING: u64 = 16;
+/// From about so many on, 2 GiB of 16 MiB each, pgBackRest drops them (`archive-push-queue-max`)
+/// and tells PostgreSQL that they are archived.
+const DROPPED: u64 = 120;
 
 /// What PostgreSQL knows of its archiver. Ages are in seconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -61,6 +66,25 @@ pub fn judge_archive(archive: &Archive) -> Option<String> {
         .then(|| format!("{} files of PostgreSQL's log wait for the repository", archive.waiting))
 }
 
+/// Whether so much waits that some of it is or will be dropped.
+pub fn may_drop(archive: &Archive) -> bool {
+    archive.waiting >= DROPPED
+}
+
+/// Whether a full backup began after log was dropped, and has ended.
+pub fn is_mended(dropped: u64, backups: &[Backup]) -> bool {
+    backups.iter().any(|backup| backup.kind == "full" && backup.start > dropped)
+}
+
+pub fn describe_gap(dropped: u64) -> String {
+    format!(
+        "PostgreSQL's log has waited for the repository until {} and grew so long that it may \
+         have been dropped: times around it cannot be restored until a full backup has ended, \
+         which begins by itself",
+        format_utc(dropped)
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -75,7 +99,25 @@ mod tests {
         assert!(judge("660|5|3").unwrap().contains("for 11 min (3 files"));
         assert!(judge("|5|3").unwrap().contains("since this database was made"));
         assert!(judge("1||17").unwrap().contains("17 files"));
+        assert!(!may_drop(&read_archive("1|2|119").unwrap()));
+        assert!(may_drop(&read_archive("1|2|120").unwrap()));
         assert_eq!(read_archive("x"), None);
         assert_eq!(read_archive("1|2"), None);
+    }
+
+    #[test]
+    fn a_full_backup_mends_a_log_that_was_dropped() {
+        let backup = |kind: &str, start| Backup {
+            label: String::new(),
+            kind: kind.into(),
+            start,
+            stop: start + 5,
+            size: 0,
+            stored: 0,
+            damaged: false,
+        };
+        assert!(!is_mended(100, &[backup("full", 100), backup("diff", 200)]));
+        assert!(is_mended(100, &[backup("full", 101)]));
+        assert!(describe_gap(100).contains("1970-01-01 00:01:40+00"));
     }
 }

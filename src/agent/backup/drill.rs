@@ -8,10 +8,11 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::branches::{list_abandoned, list_live};
 use super::info::Backup;
 use super::pgbackrest::{read_info, run_unit};
 use super::plan::{Target, choose_backup};
-use super::scratch::{Found, Scratch, make_folder};
+use super::scratch::{FILES, Found, Scratch, end_leftovers, make_folder};
 use super::take::{expect_place, read_clock};
 use crate::agent::operate::{ClusterLock, Desk, Say};
 use crate::error::UserError;
@@ -31,29 +32,41 @@ pub async fn drill(desk: &Desk, say: &Say) -> Result<Value> {
     expect_place(desk)?;
     let stanza = desk.seed.cluster.name.as_str();
     let backups = read_info(stanza).await?.list_backups();
+    let backups = list_live(&backups, &list_abandoned().await?);
     let backup = choose_backup(&Target::Latest, &backups, read_clock()?)?.clone();
     let folder = desk.places.join(FOLDER);
     expect_room(Path::new("/var/lib/postgresql"), backup.size)?;
     let doing = format!("a restore drill on {}", desk.entry.name);
-    let _lock = ClusterLock::take(&desk.etcd, &desk.registry, "operate", &doing).await?;
+    let lock = ClusterLock::take(&desk.etcd, &desk.registry, "operate", &doing).await?;
     let begun = Instant::now();
-    let drilled = restore_and_look(desk, stanza, &folder, say).await;
-    remove_folder(&folder).await?;
+    let drilled = restore_and_look(desk, &lock, &backup.label, &folder, say).await;
+    let removed = remove_folder(&folder).await;
+    lock.give_back().await;
+    removed?;
     let seconds = begun.elapsed().as_secs_f64();
     let node = desk.entry.name.clone();
     Ok(serde_json::to_value(Drilled { node, backup, found: drilled?, seconds })?)
 }
 
-async fn restore_and_look(desk: &Desk, stanza: &str, folder: &Path, say: &Say) -> Result<Found> {
+async fn restore_and_look(
+    desk: &Desk,
+    lock: &ClusterLock,
+    label: &str,
+    folder: &Path,
+    say: &Say,
+) -> Result<Found> {
+    end_leftovers().await?;
+    lock.expect_held()?;
     remove_folder(folder).await?;
     make_folder(desk, folder)?;
-    let (stanza, path) = (format!("--stanza={stanza}"), format!("--pg1-path={}", folder.display()));
+    let (stanza, set) = (format!("--stanza={}", desk.seed.cluster.name), format!("--set={label}"));
+    let path = format!("--pg1-path={}", folder.display());
     say.say("restoring the last backup into a scratch folder");
     // It must not add to the archive of the database that lives.
-    let program = ["pgbackrest", &stanza, &path, "--archive-mode=off", "restore"];
-    run_unit("stanchion-restore-files", &program, say).await?;
+    let program = ["pgbackrest", &stanza, &path, &set, "--archive-mode=off", "restore"];
+    run_unit(FILES, &program, say).await?;
     say.say("replaying the log that was archived since");
-    let scratch = Scratch::start(desk, folder, false, say).await?;
+    let scratch = Scratch::start(desk, folder, say).await?;
     let found = scratch.look().await;
     scratch.stop(say).await?;
     found

@@ -4,6 +4,7 @@
 //! schedule     when a backup is due; the leader's agent takes it
 //! archive      whether the log reaches the repository
 //! take         one backup, with a snapshot of etcd beside it
+//! branches     what restores have given up
 //! drill        a restore into a scratch folder, to know that backups can be read
 //! restore      the cluster as it was at a time: steps that each node does for itself
 //! ```
@@ -11,6 +12,7 @@
 //! Programs of PostgreSQL run as `postgres` in units of their own ([`pgbackrest`]).
 
 mod archive;
+mod branches;
 mod clock;
 mod drill;
 mod info;

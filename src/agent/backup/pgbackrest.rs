@@ -1,7 +1,10 @@
 //! Programs as `postgres`, each in a unit of systemd of its own: outside of the agent's
-//! sandbox, and with its own end.
+//! sandbox, and with its own end. What must not run twice has a fixed name; a question has
+//! one of its own, since several may be asked at a time.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail};
 
@@ -14,6 +17,13 @@ const MAX_LINE: u64 = 16 << 10;
 const MAX_ANSWER: usize = 8 << 20;
 /// Lines that a failure shows.
 const TAIL: usize = 12;
+
+/// The name of a unit that nobody else has, since systemd refuses a name that is taken.
+pub fn name_question() -> String {
+    static ASKED: AtomicU64 = AtomicU64::new(0);
+    let number = ASKED.fetch_add(1, Ordering::Relaxed);
+    format!("stanchion-ask-{}-{number}", std::process::id())
+}
 
 fn describe_unit(unit: &str, program: &[&str]) -> Command {
     Command::new("systemd-run")
@@ -60,8 +70,16 @@ pub async fn run_unit(unit: &str, program: &[&str], say: &Say) -> Result<()> {
 }
 
 /// The standard output of a program.
-pub async fn ask_unit(unit: &str, program: &[&str]) -> Result<String> {
-    let command = describe_unit(unit, program);
+pub async fn ask_unit(program: &[&str]) -> Result<String> {
+    run_question(describe_unit(&name_question(), program)).await
+}
+
+/// The same of one that reads a file, which it need not be able to open.
+pub async fn feed_unit(program: &[&str], file: File) -> Result<String> {
+    run_question(describe_unit(&name_question(), program).input_from(file)).await
+}
+
+async fn run_question(command: Command) -> Result<String> {
     let output = tokio::task::spawn_blocking(move || command.run()).await.context("waiting")??;
     anyhow::ensure!(output.stdout.len() <= MAX_ANSWER, "a program says too much");
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
@@ -85,13 +103,19 @@ pub async fn read_info(stanza: &str) -> Result<Info> {
     let stanza_option = format!("--stanza={stanza}");
     let program =
         ["pgbackrest", &stanza_option, "--log-level-console=off", "--output=json", "info"];
-    let text = ask_unit("stanchion-backup-info", &program).await?;
+    let text = ask_unit(&program).await?;
     Info::read(&text, stanza)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn questions_have_names_of_their_own() {
+        let (one, two) = (name_question(), name_question());
+        assert!(one.starts_with("stanchion-ask-") && one != two, "{one} {two}");
+    }
 
     #[test]
     fn lines_of_pgbackrest_lose_their_time_and_noise_is_left_out() {

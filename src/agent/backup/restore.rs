@@ -19,11 +19,14 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::branches::{
+    Abandoned, archive_timelines, judge_time, keep_abandoned, list_abandoned, list_live,
+};
 use super::drill::{expect_room, remove_folder};
 use super::info::Backup;
 use super::pgbackrest::{read_info, run_unit};
 use super::plan::{Target, choose_backup};
-use super::scratch::{Found, Scratch, make_folder};
+use super::scratch::{FILES, Found, Scratch, end_leftovers, make_folder};
 use super::take::{expect_place, read_clock};
 use crate::agent::board::log;
 use crate::agent::etcd::Outcome;
@@ -69,6 +72,9 @@ pub struct Record {
     /// The system identifier of what was restored.
     #[serde(default)]
     pub system: String,
+    /// What is given up once the restored data lead, as the repository names it.
+    #[serde(default)]
+    pub abandoned: Option<String>,
     /// Nodes whose PostgreSQL may start.
     #[serde(default)]
     pub released: Vec<String>,
@@ -130,7 +136,8 @@ fn judge_start(record: &Record, name: &str) -> Option<String> {
     })
 }
 
-async fn write_record(desk: &Desk, record: &Record) -> Result<()> {
+async fn write_record(desk: &Desk, lock: &ClusterLock, record: &Record) -> Result<()> {
+    lock.expect_held()?;
     desk.etcd.put(&key(desk), &serde_json::to_string(record)?, None).await
 }
 
@@ -141,7 +148,13 @@ pub async fn restore(desk: &Desk, body: Value, say: &Say) -> Result<Value> {
         return plan(desk, target).await;
     }
     let doing = format!("a step of a restore on {}", desk.entry.name);
-    let _lock = ClusterLock::take(&desk.etcd, &desk.registry, "operate", &doing).await?;
+    let lock = ClusterLock::take(&desk.etcd, &desk.registry, "operate", &doing).await?;
+    let done = do_step(desk, &lock, step, say).await;
+    lock.give_back().await;
+    done
+}
+
+async fn do_step(desk: &Desk, lock: &ClusterLock, step: Step, say: &Say) -> Result<Value> {
     if let Step::Begin { target, in_place } = step {
         return begin(desk, target, in_place).await;
     }
@@ -151,11 +164,11 @@ pub async fn restore(desk: &Desk, body: Value, say: &Say) -> Result<Value> {
     match step {
         Step::Plan { .. } | Step::Begin { .. } => {}
         Step::Stop => stop_database(desk, &record, say).await?,
-        Step::Fetch => return fetch(desk, record, say).await,
-        Step::Lead => lead(desk, record, say).await?,
-        Step::Follow => follow(desk, record, say).await?,
+        Step::Fetch => return fetch(desk, lock, record, say).await,
+        Step::Lead => lead(desk, lock, record, say).await?,
+        Step::Follow => follow(desk, lock, record, say).await?,
         Step::End => return end(desk, &record).await,
-        Step::Abort => abort(desk, &record, say).await?,
+        Step::Abort => abort(desk, lock, record, say).await?,
     }
     Ok(json!({}))
 }
@@ -164,10 +177,16 @@ async fn plan(desk: &Desk, target: Option<Target>) -> Result<Value> {
     expect_place(desk)?;
     let record = read_record(desk).await?;
     let info = read_info(&desk.seed.cluster.name).await?;
-    let backups = info.list_backups();
+    let abandoned = list_abandoned().await?;
+    let backups = list_live(&info.list_backups(), &abandoned);
     let target = record.as_ref().map(|record| record.target.clone()).or(target);
     let backup = match &target {
-        Some(target) => Some(choose_backup(target, &backups, read_clock()?)?.clone()),
+        Some(target) => {
+            if record.is_none() {
+                judge_time(target, &abandoned)?;
+            }
+            Some(choose_backup(target, &backups, read_clock()?)?.clone())
+        }
         None => None,
     };
     let has_room = match &backup {
@@ -193,7 +212,9 @@ async fn begin(desk: &Desk, target: Target, in_place: bool) -> Result<Value> {
     }
     expect_place(desk)?;
     let now = read_clock()?;
-    let backups = read_info(&desk.seed.cluster.name).await?.list_backups();
+    let abandoned = list_abandoned().await?;
+    judge_time(&target, &abandoned)?;
+    let backups = list_live(&read_info(&desk.seed.cluster.name).await?.list_backups(), &abandoned);
     let backup = choose_backup(&target, &backups, now)?;
     if !in_place {
         expect_room(Path::new("/var/lib/postgresql"), backup.size)
@@ -212,6 +233,7 @@ async fn begin(desk: &Desk, target: Target, in_place: bool) -> Result<Value> {
         in_place,
         stage: Stage::Stopping,
         system: String::new(),
+        abandoned: None,
         released: Vec::new(),
     };
     let text = serde_json::to_string(&record)?;
@@ -266,26 +288,30 @@ async fn expect_stopped(desk: &Desk, record: &Record) -> Result<()> {
     Ok(())
 }
 
-async fn fetch(desk: &Desk, mut record: Record, say: &Say) -> Result<Value> {
+async fn fetch(desk: &Desk, lock: &ClusterLock, mut record: Record, say: &Say) -> Result<Value> {
     if record.stage >= Stage::Restored {
         return Ok(json!({}));
     }
     expect_stopped(desk, &record).await?;
+    end_leftovers().await?;
     let (data, kept) = (desk.places.join(DATA), name_kept(desk, &record));
     if record.stage == Stage::Stopping && !record.in_place && data.exists() && !kept.exists() {
+        lock.expect_held()?;
         drop_earlier(desk).await?;
+        lock.expect_held()?;
         std::fs::rename(&data, &kept).context("putting the old data aside")?;
         say.say(format!("the old data are at {} until the next restore", kept.display()));
     }
     record.stage = Stage::Fetching;
-    write_record(desk, &record).await?;
+    write_record(desk, lock, &record).await?;
     // In place of what an earlier try left.
+    lock.expect_held()?;
     remove_folder(&data).await?;
     make_folder(desk, &data)?;
     let found = restore_and_look(desk, &record, &data, say).await?;
     record.stage = Stage::Restored;
     record.system = found.system.clone();
-    write_record(desk, &record).await?;
+    write_record(desk, lock, &record).await?;
     Ok(serde_json::to_value(found)?)
 }
 
@@ -305,18 +331,18 @@ async fn restore_and_look(desk: &Desk, record: &Record, data: &Path, say: &Say) 
     let stanza = format!("--stanza={}", desk.seed.cluster.name);
     let set = format!("--set={}", record.backup);
     let time = format!("--target={}", record.target.describe());
-    let mut program = vec!["pgbackrest", stanza.as_str()];
+    let mut program = vec!["pgbackrest", stanza.as_str(), set.as_str()];
     match record.target {
         Target::Latest => program.push("--type=default"),
         Target::Time(..) => {
-            program.extend(["--type=time", time.as_str(), "--target-action=promote", &set]);
+            program.extend(["--type=time", time.as_str(), "--target-action=promote"]);
         }
     }
     program.push("restore");
     say.say(format!("restoring the backup {}", record.backup));
-    run_unit("stanchion-restore-files", &program, say).await?;
+    run_unit(FILES, &program, say).await?;
     say.say(format!("replaying the log to {}", record.target.describe()));
-    let scratch = Scratch::start(desk, data, true, say).await?;
+    let scratch = Scratch::start(desk, data, say).await?;
     let prepared = async {
         let found = scratch.look().await?;
         scratch.ask(&write_settings(desk)?).await?;
@@ -359,13 +385,14 @@ fn write_settings(desk: &Desk) -> Result<String> {
 }
 
 /// Make the restored data the cluster's.
-async fn lead(desk: &Desk, mut record: Record, say: &Say) -> Result<()> {
+async fn lead(desk: &Desk, lock: &ClusterLock, mut record: Record, say: &Say) -> Result<()> {
     if record.stage < Stage::Restored {
         return Err(UserError::new("nothing is restored yet").into());
     }
     if record.stage == Stage::Restored {
         expect_stopped(desk, &record).await?;
         let prefix = format!("/service/{}/", desk.seed.cluster.name);
+        lock.expect_held()?;
         for entry in desk.etcd.list(&prefix).await?.entries {
             let name = entry.key.strip_prefix(&prefix).unwrap_or_default();
             // The settings stay; everything else is of what is gone.
@@ -376,9 +403,13 @@ async fn lead(desk: &Desk, mut record: Record, say: &Say) -> Result<()> {
         desk.etcd.put(&format!("{prefix}initialize"), &record.system, None).await?;
         record.stage = Stage::Leading;
         record.released = vec![desk.entry.name.clone()];
-        write_record(desk, &record).await?;
+        let given_up = Abandoned::by(&record.target, record.id, read_clock()?);
+        record.abandoned = Some(given_up.name());
+        write_record(desk, lock, &record).await?;
         say.say("what Patroni knew of the old leader is deleted");
     }
+    keep_abandoned(&record).await?;
+    archive_timelines(&desk.places.join(DATA)).await?;
     start_database().await?;
     wait_for(desk, LEADS, "did not become the leader", |member, _| {
         member.role == "leader" && member.state == "running"
@@ -418,7 +449,7 @@ async fn wait_for(
     bail!("{} {failure} within {} s", desk.entry.name, limit.as_secs())
 }
 
-async fn follow(desk: &Desk, mut record: Record, say: &Say) -> Result<()> {
+async fn follow(desk: &Desk, lock: &ClusterLock, mut record: Record, say: &Say) -> Result<()> {
     if record.stage < Stage::Leading {
         return Err(UserError::new("the restored data do not lead yet").into());
     }
@@ -427,9 +458,10 @@ async fn follow(desk: &Desk, mut record: Record, say: &Say) -> Result<()> {
     }
     if !record.released.contains(&desk.entry.name) {
         stop_database(desk, &record, say).await?;
+        lock.expect_held()?;
         remove_folder(&desk.places.join(DATA)).await?;
         record.released.push(desk.entry.name.clone());
-        write_record(desk, &record).await?;
+        write_record(desk, lock, &record).await?;
         say.say("the old data are deleted; copying from the new leader");
     }
     start_database().await?;
@@ -453,30 +485,59 @@ async fn end(desk: &Desk, record: &Record) -> Result<Value> {
     Ok(json!({ "kept": kept.exists().then(|| kept.display().to_string()) }))
 }
 
+/// What brings a node's data to what they were before a restore.
+#[derive(Debug, PartialEq, Eq)]
+enum WayBack {
+    /// What is there was there before.
+    Untouched,
+    /// What was restored goes, and what was kept comes back.
+    Kept,
+    /// What was restored goes, and nothing was kept.
+    Nothing,
+}
+
+/// The old data are renamed before the record says so: what is on the disk counts.
+fn choose_way_back(stage: Stage, has_kept: bool) -> WayBack {
+    match (has_kept, stage) {
+        (true, _) => WayBack::Kept,
+        (false, Stage::Stopping) => WayBack::Untouched,
+        (false, _) => WayBack::Nothing,
+    }
+}
+
 /// Before the restored data lead, all can be as it was.
-async fn abort(desk: &Desk, record: &Record, say: &Say) -> Result<()> {
+async fn abort(desk: &Desk, lock: &ClusterLock, mut record: Record, say: &Say) -> Result<()> {
     if record.stage >= Stage::Leading {
         return Err(UserError::new("there is no way back any more")
             .why("the restored data are the cluster's already")
             .help("go on with `stanchion restore`")
             .into());
     }
-    let (data, kept) = (desk.places.join(DATA), name_kept(desk, record));
-    if record.node == desk.entry.name && record.stage > Stage::Stopping {
-        if kept.exists() {
+    if record.node != desk.entry.name {
+        return Err(UserError::new(format!("the restore is on {}", record.node)).into());
+    }
+    end_leftovers().await?;
+    let (data, kept) = (desk.places.join(DATA), name_kept(desk, &record));
+    lock.expect_held()?;
+    match choose_way_back(record.stage, kept.exists()) {
+        WayBack::Untouched => {}
+        WayBack::Kept => {
             remove_folder(&data).await?;
+            // Else giving up twice would take the old data for half of a restore.
+            record.stage = Stage::Stopping;
+            write_record(desk, lock, &record).await?;
             std::fs::rename(&kept, &data).context("bringing the old data back")?;
             say.say("the old data are back");
-        } else {
+        }
+        WayBack::Nothing => {
             // Half of a restore must not lead; the others have theirs.
             remove_folder(&data).await?;
             say.say("the data of this node are gone, as --in-place had it; it copies the others'");
         }
     }
-    if record.node == desk.entry.name {
-        desk.etcd.delete(&key(desk)).await?;
-        log("restore: given up");
-    }
+    lock.expect_held()?;
+    desk.etcd.delete(&key(desk)).await?;
+    log("restore: given up");
     Ok(())
 }
 
@@ -496,6 +557,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn giving_up_deletes_nothing_that_was_there_before() {
+        assert_eq!(choose_way_back(Stage::Stopping, false), WayBack::Untouched);
+        // The agent ended between the renaming and the record.
+        assert_eq!(choose_way_back(Stage::Stopping, true), WayBack::Kept);
+        assert_eq!(choose_way_back(Stage::Fetching, true), WayBack::Kept);
+        assert_eq!(choose_way_back(Stage::Restored, true), WayBack::Kept);
+        assert_eq!(choose_way_back(Stage::Fetching, false), WayBack::Nothing);
+    }
+
+    #[test]
     fn during_a_restore_only_released_nodes_start() {
         let mut record = Record {
             id: 1,
@@ -505,6 +576,7 @@ mod tests {
             in_place: false,
             stage: Stage::Restored,
             system: String::new(),
+            abandoned: None,
             released: vec!["n1".into()],
         };
         assert!(judge_start(&record, "n1").unwrap().contains("under way"));

@@ -4,10 +4,12 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::archive::{judge_archive, look_at_archive};
+use super::archive::{describe_gap, is_mended, judge_archive, look_at_archive, may_drop};
+use super::branches::{list_abandoned, needs_full};
+use super::clock::format_utc;
 use super::info::Backup;
 use super::pgbackrest::read_info;
-use super::restore::read_record;
+use super::restore::{Record, read_record};
 use super::take::{Kind, expect_place, prepare_repository, read_clock, take};
 use crate::agent::operate::{Desk, Say};
 use crate::agent::patroni;
@@ -20,6 +22,8 @@ const DAY: u64 = 24 * 3600;
 const SLACK: u64 = 1800;
 /// A backup that is older than this is told.
 const OLD: u64 = 2 * DAY;
+/// A restore that has lasted for longer is told: backups wait for its end.
+const FORGOTTEN: u64 = 3600;
 /// What status calls it.
 const THING: &str = "backup";
 const ARCHIVE: &str = "archive";
@@ -48,8 +52,20 @@ pub async fn keep_backups(desk: Desk) {
             .await
             .is_ok_and(|own| own.role == "primary" && own.state == "running");
         // A repository is the leader's to write; and none is written while one is read.
-        if !leads || !matches!(read_record(&desk).await, Ok(None)) {
-            desk.board.clear(THING);
+        let record = match leads {
+            true => read_record(&desk).await,
+            false => Ok(None),
+        };
+        if !leads || !matches!(record, Ok(None)) {
+            match record {
+                Ok(Some(record)) => match describe_hindrance(&record, read_clock().unwrap_or(0)) {
+                    Some(hindrance) => desk.board.raise(THING, hindrance),
+                    None => desk.board.clear(THING),
+                },
+                Ok(None) => desk.board.clear(THING),
+                // etcd's silence is told elsewhere, and hides nothing here.
+                Err(_) => {}
+            }
             desk.board.clear(ARCHIVE);
             (looks, is_prepared) = (0, false);
             continue;
@@ -67,6 +83,18 @@ pub async fn keep_backups(desk: Desk) {
     }
 }
 
+/// Why the leader takes no backups, when that has lasted for longer than a restore does.
+fn describe_hindrance(record: &Record, now: u64) -> Option<String> {
+    (now.saturating_sub(record.id) > FORGOTTEN).then(|| {
+        format!(
+            "no backups are taken: a restore to {} is under way since {}; end it with \
+             `stanchion restore`, or give it up with `stanchion restore --abort`",
+            record.target.describe(),
+            format_utc(record.id)
+        )
+    })
+}
+
 async fn look(desk: &Desk, is_prepared: &mut bool, ask: bool) -> Result<()> {
     let stanza = desk.seed.cluster.name.as_str();
     if !*is_prepared {
@@ -78,7 +106,11 @@ async fn look(desk: &Desk, is_prepared: &mut bool, ask: bool) -> Result<()> {
     }
     let backups = read_info(stanza).await?.list_backups();
     let now = read_clock()?;
-    if let Some(kind) = choose_due(now, &backups) {
+    let is_new_branch = needs_full(&backups, &list_abandoned().await?);
+    let has_gap = read_dropped(desk).await?.is_some_and(|at| !is_mended(at, &backups));
+    let must_be_full = is_new_branch || has_gap;
+    let due = must_be_full.then_some(Kind::Full).or_else(|| choose_due(now, &backups));
+    if let Some(kind) = due {
         Say::to_journal().say(format!("backup: a {kind:?} one is due"));
         let taken = take(desk, kind, &Say::to_journal()).await;
         let is_old = backups.last().is_none_or(|last| now.saturating_sub(last.stop) > OLD);
@@ -105,14 +137,46 @@ fn describe(error: &anyhow::Error) -> String {
 }
 
 async fn tell_archive(desk: &Desk, is_prepared: bool) {
+    let archive = look_at_archive().await;
+    if let Ok(archive) = &archive
+        && may_drop(archive)
+        && let Ok(now) = read_clock()
+    {
+        // What fails is done at the next look: the log waits for as long.
+        let _ = desk.etcd.put(&name_dropped(desk), &now.to_string(), None).await;
+    }
     // A repository that cannot be had is told already.
-    match look_at_archive().await {
+    match archive {
         Ok(archive) if is_prepared => match judge_archive(&archive) {
             Some(problem) => desk.board.raise(ARCHIVE, problem),
-            None => desk.board.clear(ARCHIVE),
+            None => tell_gap(desk).await,
         },
         _ => desk.board.clear(ARCHIVE),
     }
+}
+
+/// A log that was dropped counts as archived for PostgreSQL; only a full backup mends it.
+async fn tell_gap(desk: &Desk) {
+    let Ok(dropped) = read_dropped(desk).await else { return };
+    let Some(at) = dropped else { return desk.board.clear(ARCHIVE) };
+    let Ok(info) = read_info(&desk.seed.cluster.name).await else { return };
+    if is_mended(at, &info.list_backups()) {
+        if desk.etcd.delete(&name_dropped(desk)).await.is_ok() {
+            desk.board.clear(ARCHIVE);
+        }
+        return;
+    }
+    desk.board.raise(ARCHIVE, describe_gap(at));
+}
+
+fn name_dropped(desk: &Desk) -> String {
+    desk.registry.key("archive", "dropped")
+}
+
+/// When PostgreSQL's log was last so long that pgBackRest drops of it; seconds since 1970.
+async fn read_dropped(desk: &Desk) -> Result<Option<u64>> {
+    let entry = desk.etcd.get(&name_dropped(desk)).await?;
+    Ok(entry.and_then(|entry| entry.value.parse().ok()))
 }
 
 #[cfg(test)]
@@ -129,6 +193,18 @@ mod tests {
             stored: 0,
             damaged: false,
         }
+    }
+
+    #[test]
+    fn a_restore_that_was_forgotten_is_told() {
+        let record = serde_json::from_str(
+            r#"{"id": 100, "node": "n1", "target": "latest", "backup": "b", "in_place": false,
+                "stage": "leading"}"#,
+        );
+        let record: Record = record.unwrap();
+        assert_eq!(describe_hindrance(&record, 100 + FORGOTTEN), None);
+        let told = describe_hindrance(&record, 101 + FORGOTTEN).unwrap();
+        assert!(told.contains("since 1970-01-01 00:01:40+00; end it with"), "{told}");
     }
 
     #[test]

@@ -1,20 +1,22 @@
 //! A PostgreSQL that nobody but the agent can reach: it recovers what was restored, and is
 //! looked at.
 
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::pgbackrest::{ask_unit, run_unit};
-use crate::agent::files::find_account;
+use super::drill::remove_folder;
+use super::pgbackrest::{ask_unit, name_question, run_unit};
+use crate::agent::files::{Access, find_account, make_folder_for, write_file};
 use crate::agent::operate::{Desk, Say};
 use crate::agent::psql::{run_psql, run_psql_in};
 use crate::agent::systemd::{Active, forget_failure, query_unit, run_program, stop_unit};
 use crate::error::UserError;
 
 const UNIT: &str = "stanchion-scratch";
+/// The unit that brings the files of a backup.
+pub const FILES: &str = "stanchion-restore-files";
 const BIN: &str = "/usr/lib/postgresql/17/bin";
 /// A recovery replays what was written since its backup.
 const RECOVERY: Duration = Duration::from_secs(12 * 3600);
@@ -36,24 +38,30 @@ pub struct Scratch {
     data: PathBuf,
 }
 
-/// Make a folder for `postgres` alone.
+/// Make a folder for `postgres` alone, where none is.
 pub fn make_folder(desk: &Desk, path: &Path) -> Result<()> {
-    let making = || format!("making {}", path.display());
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).with_context(making)?;
-    let passwd = std::fs::read_to_string(desk.places.join("/etc/passwd")).with_context(making)?;
-    let (user, group) = find_account(&passwd, "postgres").context("there is no postgres")?;
-    std::os::unix::fs::chown(path, Some(user), Some(group)).with_context(making)
+    let passwd = std::fs::read_to_string(desk.places.join("/etc/passwd"))
+        .with_context(|| format!("making {}", path.display()))?;
+    let owner = find_account(&passwd, "postgres").context("there is no postgres")?;
+    if let Some(above) = path.parent().filter(|above| !above.exists()) {
+        make_folder_for(above, owner)?;
+    }
+    make_folder_for(path, owner)
 }
 
 impl Scratch {
     /// Start PostgreSQL on a data folder, and wait until it has recovered and takes writes.
-    pub async fn start(desk: &Desk, data: &Path, keep_archive: bool, say: &Say) -> Result<Self> {
-        end_unit().await?;
+    pub async fn start(desk: &Desk, data: &Path, say: &Say) -> Result<Self> {
+        end_unit(UNIT_SERVICE).await?;
         let socket = desk.places.join("/run/stanchion-scratch");
+        remove_folder(&socket).await?;
         make_folder(desk, &socket)?;
+        // Beside the socket's folder, which is postgres' own.
+        let rules = desk.places.run().join("scratch");
         let write = |name: &str, text: &str| {
-            let path = socket.join(name);
-            std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+            let path = rules.join(name);
+            let access = Access { mode: 0o644, owner: None };
+            write_file(&path, text.as_bytes(), access, false)?;
             Ok::<_, anyhow::Error>(path.display().to_string())
         };
         // Its own rules: those of the backup may be another machine's.
@@ -70,6 +78,9 @@ impl Scratch {
             "synchronous_standby_names=".to_string(),
             "hot_standby=off".to_string(),
             "logging_collector=off".to_string(),
+            // It promotes: a timeline in the archive that is given up later would lead every
+            // recovery after it astray.
+            "archive_mode=off".to_string(),
         ];
         let data_text = data.display().to_string();
         let mut words = vec!["systemd-run", "--quiet", "--collect", "--uid=postgres"];
@@ -81,15 +92,12 @@ impl Scratch {
         for setting in &settings {
             words.extend(["-c", setting]);
         }
-        if !keep_archive {
-            words.extend(["-c", "archive_mode=off"]);
-        }
         run_program(&words).await?;
         let scratch = Scratch { socket, data: data.to_path_buf() };
         match scratch.wait_for_recovery(say).await {
             Ok(()) => Ok(scratch),
             Err(error) => {
-                end_unit().await?;
+                end_unit(UNIT_SERVICE).await?;
                 Err(error)
             }
         }
@@ -158,12 +166,12 @@ impl Scratch {
         stop_unit(UNIT_SERVICE).await?;
         let control = format!("{BIN}/pg_controldata");
         let data = self.data.display().to_string();
-        let text = ask_unit("stanchion-scratch-look", &[&control, "-D", &data]).await?;
+        let text = ask_unit(&[&control, "-D", &data]).await?;
         if !text.lines().any(|line| line.contains("cluster state") && line.ends_with("shut down")) {
             bail!("PostgreSQL did not stop in good order");
         }
         let checksums = format!("{BIN}/pg_checksums");
-        run_unit("stanchion-scratch-look", &[&checksums, "--check", "-D", &data], say)
+        run_unit(&name_question(), &[&checksums, "--check", "-D", &data], say)
             .await
             .context("looking at the checksums of all pages")
     }
@@ -171,13 +179,19 @@ impl Scratch {
 
 const UNIT_SERVICE: &str = "stanchion-scratch.service";
 
+/// What an agent that was restarted meanwhile has left: it writes into the folder still.
+pub async fn end_leftovers() -> Result<()> {
+    end_unit(&format!("{FILES}.service")).await?;
+    end_unit(UNIT_SERVICE).await
+}
+
 /// One that an earlier run left behind.
-async fn end_unit() -> Result<()> {
-    if query_unit(UNIT_SERVICE).await? != Active::Missing {
-        stop_unit(UNIT_SERVICE).await?;
+async fn end_unit(unit: &str) -> Result<()> {
+    if query_unit(unit).await? != Active::Missing {
+        stop_unit(unit).await?;
     }
-    if query_unit(UNIT_SERVICE).await? == Active::Failed {
-        forget_failure(UNIT_SERVICE).await?;
+    if query_unit(unit).await? == Active::Failed {
+        forget_failure(unit).await?;
     }
     Ok(())
 }

@@ -8,11 +8,12 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::branches::{list_abandoned, needs_full};
 use super::clock::format_utc;
 use super::info::Backup;
-use super::pgbackrest::{ask_unit, read_info, run_unit};
+use super::pgbackrest::{ask_unit, feed_unit, name_question, read_info, run_unit};
 use super::schedule::choose_due;
-use crate::agent::files::{find_account, remove_file};
+use crate::agent::files::{find_account, make_private_file, remove_file};
 use crate::agent::operate::{ClusterLock, Desk, Say};
 use crate::agent::patroni;
 use crate::error::UserError;
@@ -99,7 +100,7 @@ fn give_to_postgres(passwd: &Path, directory: &Path) -> Result<()> {
 pub async fn prepare_repository(stanza: &str) -> Result<()> {
     let option = format!("--stanza={stanza}");
     let program = ["pgbackrest", &option, "--log-level-console=warn", "stanza-create"];
-    let made = run_unit("stanchion-backup-stanza", &program, &Say::to_journal()).await;
+    let made = run_unit(&name_question(), &program, &Say::to_journal()).await;
     made.map_err(|error| {
         let text = format!("{error:#}");
         if text.contains("do not match the database") {
@@ -131,8 +132,9 @@ pub async fn take_by_verb(desk: &Desk, body: Value, say: &Say) -> Result<Value> 
     let stanza = desk.seed.cluster.name.as_str();
     prepare_repository(stanza).await?;
     let backups = read_info(stanza).await?.list_backups();
-    // Without a full one there is nothing to differ from.
-    let kind = match (wish.kind, backups.is_empty()) {
+    // Without a full one of this branch there is nothing to differ from.
+    let needs_full = backups.is_empty() || needs_full(&backups, &list_abandoned().await?);
+    let kind = match (wish.kind, needs_full) {
         (_, true) => Kind::Full,
         (Some(kind), _) => kind,
         (None, _) => choose_due(read_clock()?, &backups).unwrap_or(Kind::Differential),
@@ -143,7 +145,13 @@ pub async fn take_by_verb(desk: &Desk, body: Value, say: &Say) -> Result<Value> 
 /// Take a backup of the leader, which this node is.
 pub async fn take(desk: &Desk, kind: Kind, say: &Say) -> Result<Taken> {
     let doing = format!("a backup on {}", desk.entry.name);
-    let _lock = ClusterLock::take(&desk.etcd, &desk.registry, "operate", &doing).await?;
+    let lock = ClusterLock::take(&desk.etcd, &desk.registry, "operate", &doing).await?;
+    let taken = write_backup(desk, kind, say).await;
+    lock.give_back().await;
+    taken
+}
+
+async fn write_backup(desk: &Desk, kind: Kind, say: &Say) -> Result<Taken> {
     let begun = Instant::now();
     let stanza = desk.seed.cluster.name.as_str();
     let option = format!("--stanza={stanza}");
@@ -157,17 +165,15 @@ pub async fn take(desk: &Desk, kind: Kind, say: &Say) -> Result<Taken> {
 
 /// Put a snapshot of this node's etcd into the repository, and drop old ones.
 async fn save_etcd(desk: &Desk) -> Result<u64> {
-    let path = desk.places.join("/var/lib/pgbackrest/etcd.snapshot");
+    // Where only root makes files: whoever is postgres could put a link elsewhere.
+    let path = desk.places.state().join("backup/etcd.snapshot");
     let save = async {
-        let mut file = File::create(&path).context("making a file for a snapshot")?;
+        let mut file = make_private_file(&path)?;
         let size = desk.etcd.write_snapshot(&mut file).await?;
         file.sync_all().context("writing a snapshot")?;
-        let passwd = std::fs::read_to_string(desk.places.join("/etc/passwd"))?;
-        let (user, group) = find_account(&passwd, "postgres").context("there is no postgres")?;
-        std::os::unix::fs::chown(&path, Some(user), Some(group))?;
         let name = format!("etcd/{}.snapshot", name_time(read_clock()?));
-        // It reads standard input, which a unit's option names.
-        put_file(&path, &name).await?;
+        let program = ["pgbackrest", "--log-level-console=off", "repo-put", &name];
+        feed_unit(&program, File::open(&path).context("reading a snapshot")?).await?;
         Ok::<_, anyhow::Error>(size)
     };
     let saved = save.await;
@@ -176,20 +182,14 @@ async fn save_etcd(desk: &Desk) -> Result<u64> {
     for old in list_old(&list_snapshots().await?) {
         let name = format!("etcd/{old}");
         let program = ["pgbackrest", "--log-level-console=off", "repo-rm", &name];
-        ask_unit("stanchion-backup-etcd", &program).await?;
+        ask_unit(&program).await?;
     }
     Ok(size)
 }
 
-async fn put_file(from: &Path, name: &str) -> Result<()> {
-    let input =
-        format!("exec pgbackrest --log-level-console=off repo-put \"$1\" < {}", from.display());
-    ask_unit("stanchion-backup-etcd", &["sh", "-c", &input, "sh", name]).await.map(drop)
-}
-
 async fn list_snapshots() -> Result<Vec<String>> {
     let program = ["pgbackrest", "--log-level-console=off", "repo-ls", "etcd"];
-    let text = ask_unit("stanchion-backup-etcd", &program).await?;
+    let text = ask_unit(&program).await?;
     let mut names: Vec<String> =
         text.lines().filter(|name| name.ends_with(".snapshot")).map(str::to_string).collect();
     names.sort();

@@ -1,12 +1,12 @@
 //! etcd goes on from one member when the majority is lost for ever: that member forgets all
 //! others, and fresh machines join it.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use super::{Desk, Say};
+use super::{Desk, Say, begin_alone};
 use crate::agent::etcd::Etcd;
 use crate::agent::files::{Access, find_account, read_bounded, write_file};
 use crate::agent::join::{Peer, PeerState, Record};
@@ -54,26 +54,42 @@ fn judge(name: &str, seen: &Seen) -> Result<(), UserError> {
 
 pub async fn force_quorum(desk: &Desk, say: &Say) -> Result<Value> {
     let name = desk.entry.name.as_str();
+    let _alone = begin_alone()?;
     judge(name, &look(desk).await?)?;
     let own = Etcd::new(desk.http.clone(), vec![etcd_url(&desk.entry)]);
-    stop_unit(UNIT).await?;
-    let data = desk.places.etcd_data();
-    let (data, kept) = (data.join("default"), data.join("before-alone"));
-    super::super::backup::remove_folder(&kept).await?;
-    let (from, to) = (data.display().to_string(), kept.display().to_string());
-    run_to_end(&["cp", "--archive", &from, &to]).await.context("keeping a copy of the data")?;
-    say.say(format!("etcd has stopped; a copy of its data is at {to}"));
-    let alone = run_alone(desk, &own).await;
-    stop_unit(&format!("{ONCE}.service")).await.ok();
-    alone?;
-    say.say("etcd has forgotten all other members");
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).context("reading the clock")?;
+    let kept = desk.places.etcd_data().join(name_kept(now.as_secs()));
+    let to = kept.display().to_string();
+    let forgotten = forget_others(desk, &own, &to, say).await;
+    // Whatever came of it, a stopped etcd helps nobody.
     if query_unit(UNIT).await? == Active::Failed {
         forget_failure(UNIT).await?;
     }
-    start_unit(UNIT).await?;
+    let started = start_unit(UNIT).await;
+    forgotten?;
+    started?;
     wait_for_one(&own).await?;
     say.say("etcd runs with one member; boot fresh machines for the others");
     Ok(json!({ "node": name, "kept": to }))
+}
+
+/// Where a copy of the data stays: of each try another, for the first may be the only good one.
+fn name_kept(now: u64) -> String {
+    format!("before-alone-{now}")
+}
+
+async fn forget_others(desk: &Desk, own: &Etcd, to: &str, say: &Say) -> Result<()> {
+    stop_unit(UNIT).await?;
+    let from = desk.places.etcd_data().join("default").display().to_string();
+    run_to_end(&["cp", "--archive", "--no-target-directory", &from, to])
+        .await
+        .context("keeping a copy of the data")?;
+    say.say(format!("etcd has stopped; a copy of its data is at {to}"));
+    let alone = run_alone(desk, own).await;
+    stop_unit(&format!("{ONCE}.service")).await.ok();
+    alone?;
+    say.say("etcd has forgotten all other members");
+    Ok(())
 }
 
 async fn look(desk: &Desk) -> Result<Seen> {

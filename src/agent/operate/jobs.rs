@@ -20,6 +20,8 @@ const KEPT: usize = 16;
 /// Lines of one job that are kept, each cut to so many bytes.
 const LINES: usize = 4096;
 const LINE: usize = 2048;
+/// A bundle is megabytes: once told it is kept for so long, in case the answer got lost.
+const TOLD: Duration = Duration::from_secs(60);
 
 /// What came of a job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -42,6 +44,8 @@ pub struct Progress {
 struct Content {
     lines: Vec<String>,
     outcome: Option<Outcome>,
+    /// When a bundle's outcome was told first.
+    told: Option<Instant>,
 }
 
 struct Job {
@@ -98,6 +102,7 @@ impl Jobs {
             content: Mutex::default(),
             changed: Notify::new(),
         });
+        self.forget_told(Duration::ZERO);
         {
             let mut jobs = lock(&self.jobs);
             if jobs.len() >= KEPT {
@@ -131,6 +136,13 @@ impl Jobs {
         Ok(id)
     }
 
+    /// Forget bundles that were told at least so long ago.
+    fn forget_told(&self, age: Duration) {
+        // The jobs are locked before the content of one, here and everywhere.
+        lock(&self.jobs)
+            .retain(|job| lock(&job.content).told.is_none_or(|told| told.elapsed() < age));
+    }
+
     /// What a job has said after its first `after` lines; waits for `patience` until there is
     /// something new. `None` when there is no such job.
     pub async fn follow(&self, id: &str, after: usize, patience: Duration) -> Option<Progress> {
@@ -142,13 +154,19 @@ impl Jobs {
             tokio::pin!(changed);
             changed.as_mut().enable();
             {
-                let content = lock(&job.content);
+                let mut content = lock(&job.content);
                 if content.lines.len() > after || content.outcome.is_some() {
                     let lines = content.lines.iter().skip(after).cloned().collect();
                     let outcome = content.outcome.clone();
-                    // A bundle is megabytes: it is told once.
-                    if matches!(outcome, Some(Outcome::Done(Value::Array(_)))) {
-                        lock(&self.jobs).retain(|job| job.id != id);
+                    if matches!(outcome, Some(Outcome::Done(Value::Array(_))))
+                        && content.told.is_none()
+                    {
+                        content.told = Some(Instant::now());
+                        let jobs = self.clone();
+                        tokio::spawn(async move {
+                            tokio::time::sleep(TOLD).await;
+                            jobs.forget_told(TOLD);
+                        });
                     }
                     return Some(Progress { lines, outcome });
                 }
@@ -206,6 +224,20 @@ mod tests {
         assert_eq!(outcome(&refused).await, Outcome::Refused(UserError::new("no")));
         assert_eq!(outcome(&failed).await, Outcome::Failed("broken".into()));
         assert!(matches!(outcome(&ended).await, Outcome::Failed(_)));
+    }
+
+    #[tokio::test]
+    async fn a_bundle_is_told_again_until_the_next_job() {
+        let jobs = Jobs::default();
+        let bundle = jobs.start("b", |_| async { Ok(json!([1])) }).unwrap();
+        for _ in 0..2 {
+            let progress = jobs.follow(&bundle, 0, SOON).await.unwrap();
+            assert_eq!(progress.outcome, Some(Outcome::Done(json!([1]))));
+        }
+        jobs.forget_told(TOLD);
+        assert!(jobs.follow(&bundle, 0, SOON).await.is_some());
+        jobs.start("n", |_| async { Ok(Value::Null) }).unwrap();
+        assert!(jobs.follow(&bundle, 0, SOON).await.is_none());
     }
 
     #[tokio::test]

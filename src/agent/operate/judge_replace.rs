@@ -49,8 +49,11 @@ pub fn judge_replace(
         .help("start the others first; for a majority that is lost for ever see docs/operations/etcd-quorum-lost.md"));
     }
     if !views().any(|view| view.postgres == "leader running") {
-        return Err(refuse("none of the other nodes is PostgreSQL's leader".into())
-            .help("wait until `stanchion status` shows one: this node may have the newest data"));
+        return Err(refuse("none of the other nodes is PostgreSQL's leader".into()).help(format!(
+            "wait until `stanchion status` shows one: this node may have the newest data; \
+                 while a restore is under way boot a fresh machine with a seed of `stanchion seed \
+                 {name}`, and go on with the restore"
+        )));
     }
     Ok(())
 }

@@ -26,7 +26,7 @@ use anyhow::Result;
 use serde_json::Value;
 
 pub use bundle::Page as BundlePage;
-pub use cluster_lock::ClusterLock;
+pub use cluster_lock::{ClusterLock, begin_alone};
 pub use jobs::{Jobs, Outcome, Progress, Say};
 pub use judge_replace::judge_replace;
 pub use judge_switchover::judge_switchover;

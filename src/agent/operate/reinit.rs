@@ -46,9 +46,20 @@ pub async fn reinit(desk: &Desk, say: &Say) -> Result<Value> {
     let name = desk.entry.name.as_str();
     judge_reinit(&read_view(desk).await?, name)?;
     let doing = format!("{name} takes its data anew");
-    let _lock = ClusterLock::take(&desk.etcd, &desk.registry, "operate", &doing).await?;
+    let lock = ClusterLock::take(&desk.etcd, &desk.registry, "operate", &doing).await?;
+    let copied = copy_anew(desk, &lock, say).await;
+    lock.give_back().await;
+    Ok(json!({ "node": name, "seconds": copied?.as_secs_f64() }))
+}
+
+/// How long it took.
+async fn copy_anew(desk: &Desk, lock: &ClusterLock, say: &Say) -> Result<Duration> {
+    let name = desk.entry.name.as_str();
+    // What was seen before may have changed until the lock was there.
+    judge_reinit(&read_view(desk).await?, name)?;
     let secret = desk.seed.secrets.get("patroni_rest").context("this node has no such secret")?;
     let begun = Instant::now();
+    lock.expect_held()?;
     patroni::reinitialize(&desk.http, desk.entry.address, secret).await?;
     say.say("the old data are deleted; copying from the leader");
     // Patroni's view is from before for a moment.
@@ -57,7 +68,7 @@ pub async fn reinit(desk: &Desk, say: &Say) -> Result<Value> {
         if let Ok(view) = read_view(desk).await
             && view.members.iter().any(|m| m.name == name && m.state == "streaming")
         {
-            return Ok(json!({ "node": name, "seconds": begun.elapsed().as_secs_f64() }));
+            return Ok(begun.elapsed());
         }
         tokio::time::sleep(Duration::from_millis(500)).await;
     }

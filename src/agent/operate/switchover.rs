@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::judge_switchover::Switch;
 use super::write_probe::WriteProbe;
 use super::{ClusterLock, Desk, Say, judge_switchover};
 use crate::agent::patroni::{self, View};
@@ -44,7 +45,7 @@ pub async fn switch_over(desk: &Desk, body: Value, say: &Say) -> Result<Value> {
     let wish: Wish = serde_json::from_value(body).context("reading what is wanted")?;
     let view = read_view(desk).await?;
     let switch = judge_switchover(&view, wish.to.as_deref())?;
-    let mut done = Switched {
+    let done = Switched {
         from: switch.from.clone(),
         to: switch.to.clone(),
         dry: wish.dry,
@@ -55,7 +56,18 @@ pub async fn switch_over(desk: &Desk, body: Value, say: &Say) -> Result<Value> {
         return Ok(serde_json::to_value(done)?);
     }
     let doing = format!("a switchover from {} to {}", switch.from, switch.to);
-    let _lock = ClusterLock::take(&desk.etcd, &desk.registry, "operate", &doing).await?;
+    let lock = ClusterLock::take(&desk.etcd, &desk.registry, "operate", &doing).await?;
+    let handed = hand_over(desk, &switch, done, say).await;
+    lock.give_back().await;
+    Ok(serde_json::to_value(handed?)?)
+}
+
+async fn hand_over(
+    desk: &Desk,
+    switch: &Switch,
+    mut done: Switched,
+    say: &Say,
+) -> Result<Switched> {
     let probe = start_probe(desk);
     if let Some(probe) = &probe
         && !probe.wait_for_write(FIRST_WRITE).await
@@ -87,7 +99,7 @@ pub async fn switch_over(desk: &Desk, body: Value, say: &Say) -> Result<Value> {
         "{} follows, and {} has a synchronous standby, after {:.1} s",
         switch.from, switch.to, done.seconds
     ));
-    Ok(serde_json::to_value(done)?)
+    Ok(done)
 }
 
 fn start_probe(desk: &Desk) -> Option<WriteProbe> {
