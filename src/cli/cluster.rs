@@ -21,6 +21,11 @@ use crate::seed::{Brought, read_brought};
 /// The cluster file that is meant when none is named.
 pub const FILE: &str = "cluster.toml";
 const TEMPLATE: &str = include_str!("../config/cluster/cluster.toml.in");
+/// Web nodes need it; others do without.
+const STORAGE: &str = "[storage]
+endpoint = \"https://s3.example.org\"
+bucket = \"netbox\"
+region = \"us-east-1\"";
 
 /// Describe a cluster, check it, and make its keys
 #[derive(Debug, clap::Args)]
@@ -125,14 +130,21 @@ pub fn warn_if_single(context: &Context, cluster: &Cluster) {
 }
 
 fn write_new(context: &Context, file: &Path) -> Result<()> {
-    let (profile, has_edge) = choose_profile(context)?;
-    let vip = match has_edge {
+    let (profile, roles) = choose_profile(context)?;
+    let vip = match roles.contains(&Role::Edge) {
         true => {
             "# The address that clients talk to; whichever edge lives has it.\nvip = \"192.0.2.10\""
         }
         false => "# With the role edge: the address that clients talk to.\n# vip = \"192.0.2.10\"",
     };
-    let text = TEMPLATE.replace("@VIP@", vip).replace("@PROFILE@", &profile);
+    let storage = match roles.contains(&Role::Web) {
+        true => STORAGE.to_string(),
+        false => STORAGE.lines().map(|line| format!("# {line}")).collect::<Vec<_>>().join("\n"),
+    };
+    let text = TEMPLATE
+        .replace("@VIP@", vip)
+        .replace("@STORAGE@", &storage)
+        .replace("@PROFILE@", &profile);
     let written = write_beside(file, 0o644, Existing::Keep, |mut file| {
         file.write_all(text.as_bytes()).context("writing a cluster file")
     });
@@ -157,14 +169,14 @@ fn write_new(context: &Context, file: &Path) -> Result<()> {
 
 /// The profile for the nodes of a new file: `node` where the project has it, else the first
 /// that can be a member; and whether it has the role edge.
-fn choose_profile(context: &Context) -> Result<(String, bool)> {
+fn choose_profile(context: &Context) -> Result<(String, Vec<Role>)> {
     let project = context.find_project()?;
     let mut names = project.list_profiles()?;
     names.sort_by_key(|name| name != "node");
     for name in names {
         let roles = project.load_profile(&name)?.roles();
         if roles.contains(&Role::Db) {
-            return Ok((name, roles.contains(&Role::Edge)));
+            return Ok((name, roles));
         }
     }
     Err(UserError::new("the project has no profile with the role db")

@@ -39,6 +39,12 @@ fn a_new_file_is_good_as_it_is() {
     project.run(&["cluster", "new", "other.toml", "--json"]).expect(0, &[]).events();
     project.run(&["cluster", "new", "no/such.toml"]).expect(2, &["there is no directory no"]);
 
+    // So it is for the profiles that are shipped, with all roles.
+    let shipped = ["--project", env!("CARGO_MANIFEST_DIR"), "cluster"];
+    project.run(&[&shipped[..], &["new", "shipped.toml"]].concat()).expect(0, &[]);
+    let ran = project.run(&[&shipped[..], &["check", "shipped.toml"]].concat());
+    assert!(ran.expect(0, &[]).stdout.contains("role web    3 nodes"), "{}", ran.stdout);
+
     let edgeless = Project::new(&[
         ("profiles/only.toml", "description = \"p\"\nlayers = [\"a\"]\n"),
         ("layers/a/layer.toml", "description = \"a\"\nrole = \"db\"\n"),
