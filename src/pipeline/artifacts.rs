@@ -189,14 +189,10 @@ pub fn fetch(source: &Source, profile: &Profile, lock: &Lock) -> Result<()> {
                 .help(format!("give that file: --artifact {name}=FILE; or lock what the layer names: stanchion lock --update"))
                 .into());
         }
+        let what = format!("artifact `{}` of layer `{}`", request.name, request.layer);
         downloads.push((
             request.name,
-            Download {
-                name: format!("artifact of layer `{}`", request.layer),
-                urls: vec![request.url],
-                digest: sha256,
-                size: None,
-            },
+            Download { name: what, urls: vec![request.url], digest: sha256, size: None },
         ));
     }
     for (name, download) in &downloads {
@@ -216,7 +212,7 @@ fn explain_unfetched(name: &str, download: &Download, error: anyhow::Error) -> a
             .unwrap_or_else(|| format!("{error:#}")),
         None => return error,
     };
-    UserError::new(format!("the artifact `{name}` cannot be fetched"))
+    UserError::new(format!("the {} cannot be fetched", download.name))
         .why(why)
         .help(format!(
             "with the file at hand, give it: --artifact {name}=FILE; else look at the network, or mend the artifact's `url` and `sha256` in layer.toml"

@@ -108,7 +108,7 @@ fn a_build_takes_the_file_that_the_lock_names_and_no_other() {
     build(&[]).expect(
         2,
         &[
-            "the artifact `data` cannot be fetched",
+            "the artifact `data` of layer `",
             "`--offline` forbids downloads",
             "--artifact data=FILE",
         ],
@@ -155,8 +155,7 @@ fn a_url_that_nobody_serves_names_the_way_out() {
     }
     let project = Project::tiny(&declare(b"declared"));
     project.copy_store();
-    project.run(&["build", "tiny"]).expect(
-        2,
-        &["the artifact `data` cannot be fetched", "127.0.0.1:9", "--artifact data=FILE"],
-    );
+    project
+        .run(&["build", "tiny"])
+        .expect(2, &["the artifact `data` of layer `", "127.0.0.1:9", "--artifact data=FILE"]);
 }

@@ -187,10 +187,11 @@ fn an_artifact_that_is_gone_or_changed_names_its_layer() {
         2,
         &[
             "building profile `tiny`",
+            "the artifact `thing` of layer `a` cannot be fetched",
             "no such file (any more)",
-            "artifact `thing` of layer `a`",
             &server.url("thing-1.2"),
-            "mend its `url` in layer.toml",
+            "--artifact thing=FILE",
+            "mend the artifact's `url`",
         ],
     );
     let server = Server::start(|request, to| write_good(to, request, b"other artifact"));
@@ -199,11 +200,11 @@ fn an_artifact_that_is_gone_or_changed_names_its_layer() {
     project.run(&["build", "tiny"]).expect(
         2,
         &[
-            "fetching artifact `thing` of layer `a`",
+            "the artifact `thing` of layer `a` cannot be fetched",
             "is not the file that it should be",
             &found,
             &digest.to_string(),
-            "mend the `url` and `sha256`",
+            "`url` and `sha256` in layer.toml",
         ],
     );
     let ran = project.run(&["build", "tiny", "--offline"]);
