@@ -246,7 +246,7 @@ fn run_status(ha: &Ha, args: &[&str]) -> [String; 2] {
     let command = stanchion::command::Command::new(image::PROGRAM)
         .arg("status")
         .arg("--project")
-        .arg(env!("CARGO_MANIFEST_DIR"))
+        .arg(image::project("node"))
         .arg("--cluster")
         .arg(folder.with_file_name("cluster.toml"))
         .arg("--dir")
