@@ -227,6 +227,8 @@ fn the_manifest_names_every_layer_package_and_output_by_its_digest() {
             "etcd files",
             "postgres packages",
             "postgres files",
+            "backup packages",
+            "backup files",
             "agent files",
         ]
     );

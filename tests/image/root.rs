@@ -194,7 +194,8 @@ fn units_are_masked_enabled_and_disabled_as_the_layers_say() {
 }
 
 /// Files of packages that the image replaces by its own, or whose script gives them away.
-const REPLACED: [&str; 2] = ["usr/lib/os-release", "etc/default/prometheus-postgres-exporter"];
+const REPLACED: [&str; 3] =
+    ["usr/lib/os-release", "etc/default/prometheus-postgres-exporter", "etc/pgbackrest.conf"];
 
 #[test]
 fn files_are_those_of_the_packages_with_their_owners_and_modes() {
