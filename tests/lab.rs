@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use lab::{Traces, boot, find_network, ping, run};
 use stanchion::error::exit_code;
-use stanchion::lab::{Lab, Places};
+use stanchion::lab::{Lab, Nspawn, Places};
 
 const SOON: Duration = Duration::from_secs(10);
 /// Long enough for an answer, had there been one.
@@ -169,8 +169,14 @@ fn a_command_that_hangs_is_ended_and_output_comes_back() {
 /// The program as a user runs it, with its state in `folder`.
 fn stanchion(folder: &Path) -> Command {
     let mut command = Command::new(image::PROGRAM);
-    command.env("XDG_STATE_HOME", folder).current_dir(image::project(image::PROFILE));
+    command.env("XDG_STATE_HOME", folder).current_dir(image::project("node"));
     command
+}
+
+/// As [`lab::prepare`], with the image of all roles that these tests can have.
+fn prepare_node() -> Option<(&'static image::Image, Nspawn)> {
+    let (_, nspawn) = lab::prepare()?;
+    Some((image::provide_node(&[])?, nspawn))
 }
 
 fn up(folder: &Path, nodes: &str) -> Command {
@@ -194,7 +200,7 @@ fn wait_until(limit: Duration, mut is_true: impl FnMut() -> bool) -> bool {
 #[test]
 fn the_commands_bring_a_lab_up_and_take_it_down() {
     let _turn = lab::wait_turn();
-    let Some((image, _)) = lab::prepare() else { return };
+    let Some((image, _)) = prepare_node() else { return };
     let (folder, places) = lab::make_places();
     let run = |args: &[&str]| {
         let output = stanchion(folder.path()).args(args).output().unwrap();
@@ -255,7 +261,7 @@ fn the_commands_bring_a_lab_up_and_take_it_down() {
 #[test]
 fn a_lab_whose_command_was_killed_is_taken_down_by_what_is_on_disk() {
     let _turn = lab::wait_turn();
-    let Some((image, _)) = lab::prepare() else { return };
+    let Some((image, _)) = prepare_node() else { return };
     // Killed when this file of the lab is there: early, in the middle, late.
     for file in ["lab.json", "network", "nodes/n1/console.log", "nodes/n2/running.json"] {
         let (folder, places) = lab::make_places();
