@@ -7,6 +7,7 @@
 #[cfg(test)]
 extern crate self as stanchion;
 
+pub mod clock;
 pub mod command;
 pub mod digest;
 pub mod error;

@@ -1,6 +1,6 @@
 //! main: start the services of the roles, then keep their files in step with the cluster.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -22,6 +22,7 @@ use super::system_id;
 use super::systemd::{Active, query_unit, reload_daemon, start_unit, stop_unit_later};
 use super::watch_leader::Watcher;
 use super::web::Web;
+use crate::clock::read_clock;
 use crate::config::cluster::Role;
 use crate::pki::Certificate;
 
@@ -263,7 +264,7 @@ async fn catch_up(node: &mut Node) -> Result<()> {
 fn tell_expiry(node: &Node) -> Result<()> {
     const THING: &str = "certificate";
     let end = Certificate::read(&node.seed.certificate)?.not_after;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+    let now = read_clock()?;
     let help = "make a new seed with `stanchion seed`, attach it, and restart the node";
     if end <= now {
         node.board.raise(THING, format!("this node's certificate has expired: {help}"));

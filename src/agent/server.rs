@@ -27,7 +27,7 @@ use super::advice::read_page;
 use super::board::{Board, Status, StepOutcome, log};
 use super::join_act::answer_bootstrap;
 use super::node::Node;
-use super::operate::{Desk, Jobs, is_verb, run_verb};
+use super::operate::{self, Desk, Jobs, is_verb, run_verb};
 use super::page::{POLICY, write_page};
 use super::places::Places;
 use super::registry::{Registration, Registry};
@@ -478,10 +478,7 @@ async fn answer_socket(
 async fn renew(known: Option<&Known>) -> Value {
     let renewed = match known {
         None => Err(UserError::new("this node does not know yet who it is").into()),
-        Some(Known { site: None, .. }) => Err(UserError::new("this node is no edge")
-            .help("ask on a node with the role edge")
-            .into()),
-        Some(Known { site: Some(site), .. }) => site.renew().await,
+        Some(known) => operate::renew_certificate(known.site.as_ref()).await,
     };
     match renewed {
         Ok(renewal) => json!(renewal),

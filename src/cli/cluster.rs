@@ -1,11 +1,11 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
 
 use super::Context;
+use crate::clock::read_clock;
 use crate::cluster_dir::{add_missing, default_path, make_directory, read_brought_secrets};
 use crate::config::cluster::checklist::{Check, State, list_checks};
 use crate::config::cluster::ports::{Port, list_ports};
@@ -111,12 +111,6 @@ pub fn run(context: &Context, args: Args) -> Result<()> {
             add(context, &file, dir, &brought.read()?)
         }
     }
-}
-
-/// Seconds since 1970, UTC.
-pub fn read_clock() -> Result<u64> {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map(|since| since.as_secs()).context("reading a clock that stands before 1970")
 }
 
 /// Say on standard error what nobody may overlook.

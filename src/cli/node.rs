@@ -6,12 +6,12 @@ use anyhow::Result;
 use serde_json::json;
 
 use super::Context;
-use super::cluster::read_clock;
 use super::operate::{Asked, Consent, Place, list_registered, show_progress, show_result};
 use super::seed::{Form, find_node, make_folder, write_seed};
 use crate::agent::operate::{FORCE_QUORUM, REINIT, judge_replace};
 use crate::agent::registry::Registration;
 use crate::agent::table::Answer;
+use crate::clock::read_clock;
 use crate::cluster_dir::ClusterDir;
 use crate::config::Role;
 use crate::config::cluster::{Node, find_certificate};

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 
 use super::Context;
-use super::cluster::{FILE, read_clock, warn_if_single};
+use super::cluster::{FILE, warn_if_single};
+use crate::clock::read_clock;
 use crate::cluster_dir::{ClusterDir, default_path};
 use crate::config::Role;
 use crate::config::cluster::{Cluster, Node, find_certificate, load_cluster};

@@ -8,10 +8,10 @@ use flate2::write::GzEncoder;
 use serde_json::json;
 
 use super::Context;
-use super::cluster::read_clock;
 use super::operate::{Asked, Place, show_result};
 use crate::agent::operate::{BundlePage, Redactor, SUPPORT_BUNDLE};
 use crate::agent::table::{Answer, make_table, show_table};
+use crate::clock::read_clock;
 use crate::cluster_dir::ClusterDir;
 use crate::error::UserError;
 use crate::files::{Existing, is_occupied, write_beside};

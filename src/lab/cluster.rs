@@ -4,10 +4,10 @@
 use std::fmt::Write;
 use std::net::Ipv4Addr;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 
+use crate::clock::read_clock;
 use crate::cluster_dir::{self, ClusterDir};
 use crate::config::cluster::{
     Backup, Cluster, External, Ipv4Network, Node, ObjectStorage, Role, Tuning, check_rules,
@@ -128,10 +128,6 @@ pub fn make_seed(cluster: &Cluster, directory: &ClusterDir, node: &str) -> Resul
     let entry =
         cluster.find_node(node).with_context(|| format!("no node {node} in the cluster"))?;
     issue_seed(cluster, entry, directory, None, read_clock()?)
-}
-
-fn read_clock() -> Result<u64> {
-    Ok(SystemTime::now().duration_since(UNIX_EPOCH).context("reading the clock")?.as_secs())
 }
 
 #[cfg(test)]

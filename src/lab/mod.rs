@@ -6,7 +6,9 @@
 mod cgroup;
 mod cluster;
 pub mod console;
+mod exec;
 pub mod ledger;
+mod make;
 mod network;
 mod nspawn;
 pub mod probe;
@@ -16,31 +18,29 @@ mod state;
 pub mod timeline;
 
 use std::fs::{self, File};
-use std::io::{self, Read, Seek};
 use std::net::Ipv4Addr;
-use std::path::{Path, PathBuf};
-use std::process::{Child, ExitStatus};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
-use rustix::fs::MemfdFlags;
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
 use crate::agent::server::Page;
 use crate::cluster_dir::ClusterDir;
-use crate::command::Command;
 use crate::config::cluster::{Cluster, Ipv4Network};
 use crate::error::{UserError, find_nearest};
 use crate::store;
 
 pub use cluster::{plan_backup, plan_cluster};
+pub use exec::Ran;
+pub use make::{NodeSpec, Spec};
 pub use network::find_operator;
 pub use nspawn::{Nspawn, serve_if_asked};
 pub use process::Process;
 pub use state::Places;
 
+use make::give_seed;
 use nspawn::{Order, Running};
-use process::wait_until;
 use state::{Folder, NodeFolder, NodeState, State};
 
 /// Until a node that was killed is gone, with its network.
@@ -49,55 +49,9 @@ const KILL_LIMIT: Duration = Duration::from_secs(20);
 const STOP_LIMIT: Duration = Duration::from_secs(90);
 /// Until an agent answers.
 const ASK_LIMIT: Duration = Duration::from_secs(5);
-/// Bytes kept of what a command writes.
-const LONGEST_OUTPUT: u64 = 16 << 20;
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin";
 
-/// A lab to make.
-#[derive(Debug, Clone)]
-pub struct Spec {
-    pub name: String,
-    /// With a prefix of 8 to 29 bits.
-    pub network: Ipv4Network,
-    pub nspawn: Nspawn,
-    pub nodes: Vec<NodeSpec>,
-    /// What the nodes are to be seeded for. A node that it does not have, and every node of a
-    /// lab without one, gets its address, and nothing else is set up in it.
-    pub cluster: Option<Cluster>,
-}
-
-impl Spec {
-    /// A lab of a whole cluster; `find_image` gives the raw disk of a profile.
-    pub fn of_cluster(
-        name: &str,
-        nspawn: Nspawn,
-        cluster: Cluster,
-        find_image: impl Fn(&str) -> PathBuf,
-    ) -> Self {
-        let node = |node: &crate::config::cluster::Node| NodeSpec {
-            name: node.name.clone(),
-            address: node.address,
-            image: find_image(&node.profile),
-        };
-        Spec {
-            name: name.to_string(),
-            network: cluster.network,
-            nspawn,
-            nodes: cluster.nodes.iter().map(node).collect(),
-            cluster: Some(cluster),
-        }
-    }
-}
-
-#[derive(Debug, Clone)]
-pub struct NodeSpec {
-    /// Lower-case letters, digits and `-`, at most 40.
-    pub name: String,
-    /// In the lab's network, not the last usable one.
-    pub address: Ipv4Addr,
-    /// A raw disk as `stanchion build` writes it; only read.
-    pub image: PathBuf,
-}
+/// systemd-network-generator(8) takes it as a file for networkd; the agent's come before it.
+const ADDRESS: &str = "network.network.79-lab";
 
 /// A lab that was made, by this process or by an earlier one.
 #[derive(Debug, Clone)]
@@ -122,23 +76,6 @@ pub struct Status {
     pub partitioned: bool,
 }
 
-/// How a command in a node ended.
-#[derive(Debug, Clone)]
-pub struct Ran {
-    /// `None`: a signal ended it.
-    pub code: Option<i32>,
-    /// At most the first 16 MiB.
-    pub stdout: Vec<u8>,
-    pub stderr: Vec<u8>,
-}
-
-impl Ran {
-    /// Its standard output as text, without the last newline.
-    pub fn text(&self) -> String {
-        String::from_utf8_lossy(&self.stdout).trim_end().to_string()
-    }
-}
-
 /// Fail where no lab can be, before anything is built for one.
 pub fn check_host() -> Result<()> {
     if !rustix::process::geteuid().is_root() {
@@ -151,37 +88,6 @@ pub fn check_host() -> Result<()> {
 }
 
 impl Lab {
-    /// Make a lab; its nodes are not started.
-    ///
-    /// # Errors
-    /// A [`UserError`] for a lab of this name that is there, for names and addresses that
-    /// cannot be, and for what this machine lacks. What was made until then is removed.
-    pub fn create(places: &Places, spec: &Spec) -> Result<Self> {
-        check_host()?;
-        check(spec)?;
-        let folder = places.find_folder(&spec.name)?;
-        if folder.exists() {
-            return Err(UserError::new(format!("there is a lab `{}` already", spec.name))
-                .in_file(&folder.path)
-                .help(format!(
-                    "stanchion lab down --name {0}, or name another with --name",
-                    spec.name
-                ))
-                .into());
-        }
-        folder.create()?;
-        let turn = folder.lock(true)?;
-        let made = describe(spec).and_then(|state| {
-            make(&folder, spec, &state)?;
-            Ok(Lab { folder, program: places.program.clone(), state })
-        });
-        drop(turn);
-        made.map_err(|error| match Lab::remove(places, &spec.name) {
-            Ok(()) => error,
-            Err(left) => error.context(format!("taking the lab down again: {left:#}")),
-        })
-    }
-
     /// A lab that was made before.
     pub fn open(places: &Places, name: &str) -> Result<Self> {
         let folder = places.find_folder(name)?;
@@ -385,54 +291,6 @@ impl Lab {
         give_seed(&self.folder(node), self.state.network, node.address, seed)
     }
 
-    /// Run a command in a node, as root there, for at most `limit`.
-    ///
-    /// # Errors
-    /// A [`UserError`] when the node is down; the command's own failure is in [`Ran`].
-    pub fn exec(&self, node: &str, argv: &[&str], limit: Duration) -> Result<Ran> {
-        let shown = argv.join(" ");
-        let capture = || -> Result<File> {
-            Ok(rustix::fs::memfd_create("output", MemfdFlags::CLOEXEC)?.into())
-        };
-        let (mut stdout, mut stderr) = (capture()?, capture()?);
-        let (out, err) = (stdout.try_clone()?, stderr.try_clone()?);
-        let status = self.enter_node(node, || -> Result<ExitStatus> {
-            let mut child = describe_command(argv)?.output_to(out, err).spawn()?;
-            wait_for(&mut child, limit)
-                .with_context(|| format!("running `{shown}` in node `{node}`"))
-        })??;
-        Ok(Ran { code: status.code(), stdout: take(&mut stdout)?, stderr: take(&mut stderr)? })
-    }
-
-    /// Run a command in a node on our own standard input, output and error.
-    pub fn exec_attached(&self, node: &str, argv: &[&str]) -> Result<ExitStatus> {
-        let terminal = std::env::var_os("TERM").unwrap_or_else(|| "dumb".into());
-        self.enter_node(node, || -> Result<ExitStatus> {
-            let mut child = describe_command(argv)?.env("TERM", terminal).inherit().spawn()?;
-            child.wait().with_context(|| format!("running `{}`", argv.join(" ")))
-        })?
-    }
-
-    /// Run in all namespaces of a node, in a thread of its own.
-    fn enter_node<T: Send>(&self, node: &str, act: impl FnOnce() -> T + Send) -> Result<T> {
-        let node = self.find(node)?;
-        let running = self.need_running(node)?;
-        running.init.enter(act)?.ok_or_else(|| explain_down(&node.name).into())
-    }
-
-    /// Run in the lab's network, in a thread of its own, with the operator's address.
-    /// Threads and programs that are started there are inside, too.
-    pub fn enter_network<T: Send>(&self, act: impl FnOnce() -> T + Send) -> Result<T> {
-        network::enter(&self.folder.pin(), act)
-    }
-
-    /// Start a program of this machine in the lab's network.
-    pub fn spawn_inside(&self, command: Command) -> Result<Child> {
-        let namespace = network::open(&self.folder.pin())?;
-        // SAFETY: setns is async-signal-safe.
-        unsafe { command.before_exec(move || network::join(&namespace)) }.spawn()
-    }
-
     /// What a node's agent says of itself; nothing while it does not answer.
     pub fn ask_agent(&self, node: &str) -> Result<Option<Page>> {
         let ran = self.exec(node, &["stanchion-agent", "status", "--json"], ASK_LIMIT)?;
@@ -533,135 +391,6 @@ impl Lab {
     }
 }
 
-/// systemd-network-generator(8) takes it as a file for networkd; the agent's come before it.
-const ADDRESS: &str = "network.network.79-lab";
-
 fn explain_down(node: &str) -> UserError {
     UserError::new(format!("node `{node}` is down")).help(format!("stanchion lab start {node}"))
-}
-
-fn check(spec: &Spec) -> Result<()> {
-    let mistake = |text: String| Err(UserError::new(text).into());
-    let network = spec.network;
-    if !(8..=29).contains(&network.prefix()) {
-        return mistake(format!("{network} is no lab's network"));
-    }
-    if spec.nodes.is_empty() || spec.nodes.len() > 99 {
-        return mistake(format!("a lab has 1 to 99 nodes, not {}", spec.nodes.len()));
-    }
-    for (index, node) in spec.nodes.iter().enumerate() {
-        let earlier = &spec.nodes[..index];
-        if !state::is_name(&node.name) || earlier.iter().any(|other| other.name == node.name) {
-            return mistake(format!("`{}` is no name for one node", node.name));
-        }
-        let taken = node.address == find_operator(network)
-            || earlier.iter().any(|other| other.address == node.address);
-        if taken || !network.has_host(node.address) {
-            return mistake(format!("node `{}` cannot have {}", node.name, node.address));
-        }
-        if !node.image.is_file() {
-            return Err(UserError::new(format!("node `{}` has no image", node.name))
-                .in_file(&node.image)
-                .help("stanchion build")
-                .into());
-        }
-    }
-    Ok(())
-}
-
-fn describe(spec: &Spec) -> Result<State> {
-    let describe = |(index, node): (usize, &NodeSpec)| -> Result<NodeState> {
-        Ok(NodeState {
-            name: node.name.clone(),
-            address: node.address,
-            image: node.image.canonicalize().context("finding the image")?,
-            machine: format!("node{}", index + 1),
-        })
-    };
-    let nodes = spec.nodes.iter().enumerate().map(describe).collect::<Result<_>>()?;
-    let (nspawn, cluster) = (spec.nspawn.clone(), spec.cluster.clone());
-    Ok(State::new(&spec.name, spec.network, nspawn, nodes, cluster))
-}
-
-fn make(folder: &Folder, spec: &Spec, state: &State) -> Result<()> {
-    folder.save(state)?;
-    let secrets = match &spec.cluster {
-        Some(cluster) => {
-            fs::write(folder.cluster_file(), cluster::write_file(cluster)?)
-                .context("writing the cluster file")?;
-            Some((cluster, cluster::make_secrets(&folder.secrets(), cluster)?))
-        }
-        None => None,
-    };
-    for node in &spec.nodes {
-        let place = folder.node(&node.name);
-        place.create()?;
-        let known = secrets.as_ref().filter(|(cluster, _)| cluster.find_node(&node.name).is_some());
-        let seed = match known {
-            Some((cluster, directory)) => Some(cluster::make_seed(cluster, directory, &node.name)?),
-            None => None,
-        };
-        give_seed(&place, spec.network, node.address, seed.as_deref())?;
-    }
-    let group = folder.find_group()?;
-    group.create()?;
-    group.delegate();
-    network::create(spec.network, &folder.pin())
-}
-
-fn give_seed(
-    folder: &NodeFolder,
-    network: Ipv4Network,
-    address: Ipv4Addr,
-    seed: Option<&[u8]>,
-) -> Result<()> {
-    let remove = |path: &Path| store::remove_tree(path);
-    match seed {
-        Some(bytes) => {
-            remove(&folder.address())?;
-            // Its folder is for root alone.
-            store::write_atomically(&folder.seed(), bytes)
-        }
-        None => {
-            remove(&folder.seed())?;
-            let text = format!(
-                "[Match]\nName=host0\n\n[Network]\nAddress={address}/{}\n",
-                network.prefix()
-            );
-            store::write_atomically(&folder.address(), text.as_bytes())
-        }
-    }
-}
-
-fn describe_command(argv: &[&str]) -> Result<Command> {
-    let (program, args) = argv.split_first().ok_or_else(|| anyhow!("there is no command"))?;
-    Ok(Command::new(program)
-        .args(args)
-        .clear_env()
-        .env("PATH", PATH)
-        .env("HOME", "/root")
-        .env("LANG", "C.UTF-8")
-        .directory(Path::new("/")))
-}
-
-fn wait_for(child: &mut Child, limit: Duration) -> Result<ExitStatus> {
-    let mut ended = Ok(None);
-    wait_until(limit, || {
-        ended = child.try_wait();
-        !matches!(ended, Ok(None))
-    });
-    if let Some(status) = ended? {
-        return Ok(status);
-    }
-    // It may have ended just now.
-    let _ = child.kill();
-    child.wait()?;
-    bail!("it did not end within {} s", limit.as_secs())
-}
-
-fn take(file: &mut File) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    file.rewind()?;
-    file.take(LONGEST_OUTPUT).read_to_end(&mut bytes)?;
-    Ok(bytes)
 }

@@ -13,8 +13,9 @@ use super::info::Backup;
 use super::pgbackrest::{read_info, run_unit};
 use super::plan::{Target, choose_backup};
 use super::scratch::{FILES, Found, Scratch, end_leftovers, make_folder};
-use super::take::{expect_place, read_clock};
+use super::take::expect_place;
 use crate::agent::operate::{ClusterLock, Desk, Say};
+use crate::clock::read_clock;
 use crate::error::UserError;
 
 const FOLDER: &str = "/var/lib/postgresql/drill";

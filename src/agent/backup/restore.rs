@@ -27,13 +27,14 @@ use super::info::Backup;
 use super::pgbackrest::{read_info, run_unit};
 use super::plan::{Target, choose_backup};
 use super::scratch::{FILES, Found, Scratch, end_leftovers, make_folder};
-use super::take::{expect_place, read_clock};
+use super::take::expect_place;
 use crate::agent::board::log;
 use crate::agent::etcd::Outcome;
 use crate::agent::node::Node;
 use crate::agent::operate::{ClusterLock, Desk, Say};
 use crate::agent::patroni;
 use crate::agent::systemd::{Active, forget_failure, query_unit, start_unit, stop_unit};
+use crate::clock::read_clock;
 use crate::config::cluster::Role;
 use crate::error::UserError;
 

@@ -10,9 +10,10 @@ use super::clock::format_utc;
 use super::info::Backup;
 use super::pgbackrest::read_info;
 use super::restore::{Record, read_record};
-use super::take::{Kind, expect_place, prepare_repository, read_clock, take};
+use super::take::{Kind, expect_place, prepare_repository, take};
 use crate::agent::operate::{Desk, Say};
 use crate::agent::patroni;
+use crate::clock::read_clock;
 
 const PAUSE: Duration = Duration::from_secs(20);
 /// The repository is asked what it has every so many looks.

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -16,6 +16,7 @@ use super::schedule::choose_due;
 use crate::agent::files::{find_account, make_private_file, remove_file};
 use crate::agent::operate::{ClusterLock, Desk, Say};
 use crate::agent::patroni;
+use crate::clock::read_clock;
 use crate::error::UserError;
 
 /// Snapshots of etcd that are kept.
@@ -218,10 +219,6 @@ pub async fn list(desk: &Desk) -> Result<Value> {
         "system": info.find_system().map(|system| system.to_string()),
         "etcd_snapshots": snapshots,
     }))
-}
-
-pub fn read_clock() -> Result<u64> {
-    Ok(SystemTime::now().duration_since(UNIX_EPOCH).context("reading the clock")?.as_secs())
 }
 
 #[cfg(test)]

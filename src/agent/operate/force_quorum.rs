@@ -1,7 +1,7 @@
 //! etcd goes on from one member when the majority is lost for ever: that member forgets all
 //! others, and fresh machines join it.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
@@ -15,6 +15,7 @@ use crate::agent::node::etcd_url;
 use crate::agent::systemd::{
     Active, forget_failure, query_unit, run_program, run_to_end, start_unit, stop_unit,
 };
+use crate::clock::read_clock;
 use crate::config::cluster::Role;
 use crate::error::UserError;
 
@@ -57,8 +58,8 @@ pub async fn force_quorum(desk: &Desk, say: &Say) -> Result<Value> {
     let _alone = begin_alone()?;
     judge(name, &look(desk).await?)?;
     let own = Etcd::new(desk.http.clone(), vec![etcd_url(&desk.entry)]);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).context("reading the clock")?;
-    let kept = desk.places.etcd_data().join(name_kept(now.as_secs()));
+    let now = read_clock()?;
+    let kept = desk.places.etcd_data().join(name_kept(now));
     let to = kept.display().to_string();
     let forgotten = forget_others(desk, &own, &to, say).await;
     // Whatever came of it, a stopped etcd helps nobody.

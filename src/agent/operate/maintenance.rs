@@ -1,7 +1,7 @@
 //! Maintenance: a key in etcd. While it is there, edges ask users to wait, and workers take
 //! no jobs. It goes when the operator says so, or at the time that it names.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
@@ -11,6 +11,7 @@ use super::{Desk, Say};
 use crate::agent::board::log;
 use crate::agent::etcd::{KeyValue, Outcome};
 use crate::agent::registry::Maintenance;
+use crate::clock::read_clock;
 use crate::error::UserError;
 
 const PAUSE: Duration = Duration::from_secs(3);
@@ -83,10 +84,6 @@ pub async fn end_in_time(desk: Desk) {
             log("maintenance: its time is over");
         }
     }
-}
-
-fn read_clock() -> Result<u64> {
-    Ok(SystemTime::now().duration_since(UNIX_EPOCH).context("reading the clock")?.as_secs())
 }
 
 #[cfg(test)]

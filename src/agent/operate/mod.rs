@@ -40,7 +40,7 @@ use super::etcd::Etcd;
 use super::node::Node;
 use super::places::Places;
 use super::registry::Registry;
-use super::site::Site;
+use super::site::{Renewal, Site};
 use super::tls::Tls;
 use crate::config::cluster::Node as Entry;
 use crate::error::UserError;
@@ -110,7 +110,9 @@ const VERBS: [&str; 11] = [
 pub async fn run_verb(desk: Desk, verb: &str, body: Value, say: Say) -> Result<Value> {
     match verb {
         SWITCHOVER => switchover::switch_over(&desk, body, &say).await,
-        RENEW_CERTIFICATE => renew_certificate(&desk).await,
+        RENEW_CERTIFICATE => {
+            Ok(serde_json::to_value(renew_certificate(desk.site.as_ref()).await?)?)
+        }
         BACKUP => backup::take_by_verb(&desk, body, &say).await,
         BACKUP_LIST => backup::list(&desk).await,
         BACKUP_DRILL => backup::drill(&desk, &say).await,
@@ -132,9 +134,13 @@ pub fn is_verb(verb: &str) -> bool {
     VERBS.contains(&verb)
 }
 
-async fn renew_certificate(desk: &Desk) -> Result<Value> {
-    match &desk.site {
-        Some(site) => Ok(serde_json::to_value(site.renew().await?)?),
+/// Renew the certificate that users see; `site` is the node's part in it.
+///
+/// # Errors
+/// A [`UserError`] when the node is no edge.
+pub async fn renew_certificate(site: Option<&Site>) -> Result<Renewal> {
+    match site {
+        Some(site) => site.renew().await,
         None => Err(UserError::new("this node is no edge")
             .help("ask on a node with the role edge")
             .into()),

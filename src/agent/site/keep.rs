@@ -1,7 +1,7 @@
 //! Keeping the record: reading it, changing it under the lock, and showing what it holds.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
@@ -13,6 +13,7 @@ use crate::agent::board::{Board, log};
 use crate::agent::etcd::{Etcd, Outcome};
 use crate::agent::places::Places;
 use crate::agent::registry::Registry;
+use crate::clock::read_clock;
 use crate::config::cluster::Role;
 use crate::error::UserError;
 use crate::pki::{Chain, SiteAuthority, list_site_names};
@@ -289,8 +290,4 @@ impl Site {
         }
         Ok(())
     }
-}
-
-fn read_clock() -> Result<u64> {
-    Ok(SystemTime::now().duration_since(UNIX_EPOCH).context("reading the clock")?.as_secs())
 }
